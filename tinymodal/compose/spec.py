@@ -1,0 +1,109 @@
+"""What a model is made of: which language model, which tower, joined how. A plain value, no torch.
+
+A part is either pretrained (``path``: a local folder, a shipped part such as ``starter/vision``, or a Hub
+name) or new (``config``: the family's own Hugging Face config as a table, weights random). ``compose.build``
+makes it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+Number = Annotated[int, Strict()]
+Count = Annotated[int, Strict(), Field(gt=0)]
+
+
+class Value(BaseModel):
+    """Frozen, and no key that nobody knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LanguageSpec(Value):
+    """The language model: any causal one that transformers knows."""
+
+    path: str | None = None
+    """Folder or Hub name of a pretrained model; its tokenizer lies in the same folder."""
+    config: dict[str, Any] | None = None
+    """A new model instead: ``{ model_type = "llama", ... }``; ``vocab_size`` may be left out."""
+    tokenizer: str | None = None
+    """Its folder or Hub name. Needed with ``config``; with ``path`` it replaces the folder's own."""
+    template: str = "chatml"
+    """How a conversation is written: ``plain``, ``vicuna_v1``, ``chatml``, ``tokenizer`` (the tokenizer's own
+    chat template), or your own ``my_llm.py:TEMPLATE``."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> LanguageSpec:
+        one_origin(self.path, self.config, "language")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError(
+                "'config' makes a new language model, which has no tokenizer; name one with 'tokenizer'"
+            )
+        return self
+
+
+class VisionSpec(Value):
+    """The vision tower, what is taken from it, and the connector that joins it to the language model."""
+
+    path: str | None = None
+    """Folder or Hub name of a pretrained tower; a full CLIP or SigLIP folder is read for its vision half."""
+    config: dict[str, Any] | None = None
+    """A new tower instead: ``{ model_type = "siglip_vision_model", hidden_size = 64, ... }``."""
+    connector: str = "mlp"
+    """``identity``, ``linear``, ``mlp`` or ``pixel_shuffle``."""
+    options: dict[str, int | float | str] = {}
+    """The connector's own options, e.g. ``{ ratio = 2 }``."""
+    feature_layer: Number = -2
+    """Hidden state that is read, counted as in LLaVA: -1 is the last block's output, -2 the one before."""
+    resize: Literal["square", "pad"] = "square"
+    """``square`` stretches a picture to the tower's size; ``pad`` first fills its short side with grey (the
+    mean colour)."""
+    size_px: Count | None = None
+    """Edge of the prepared picture; left out, what the tower was trained on."""
+    max_pixels: Count | None = None
+    """Pictures with more pixels are refused before they are decoded; left out, see ``model.image``."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> VisionSpec:
+        one_origin(self.path, self.config, "vision")
+        return self
+
+
+class ModelSpec(Value):
+    """A model to compose from parts, or a composed one to go on with."""
+
+    path: str | None = None
+    """Folder of a composed model, or ``starter``; excludes the other keys."""
+    language: LanguageSpec | None = None
+    vision: VisionSpec | None = None
+    """Left out, the model reads text only."""
+
+    @model_validator(mode="after")
+    def _parts_or_whole(self) -> ModelSpec:
+        named = [key for key in ("language", "vision") if getattr(self, key) is not None]
+        if self.path is not None and named:
+            raise ValueError(
+                f"'path' names a whole composed model, so {' and '.join(repr(key) for key in named)} must "
+                f"go; to compose from parts, leave 'path' out"
+            )
+        if self.path is None and self.language is None:
+            raise ValueError(
+                "a model needs 'language' (and 'vision', if it shall see), or 'path' of a composed model"
+            )
+        return self
+
+
+def one_origin(path: str | None, config: dict[str, Any] | None, part: str) -> None:
+    """Refuse a part that is both pretrained and new, or neither, or new of no family."""
+    if (path is None) == (config is None):
+        found = "both" if path is not None else "neither"
+        raise ValueError(
+            f"{part} has either 'path' (pretrained) or 'config' (new, random weights), found {found}"
+        )
+    if config is not None and not isinstance(config.get("model_type"), str):
+        raise ValueError(
+            f"{part}.config needs 'model_type', the family's name in transformers, "
+            f"e.g. {'llama' if part == 'language' else 'siglip_vision_model'}"
+        )

@@ -1,0 +1,186 @@
+"""Random parts of under a million parameters, and a tokenizer in memory: all runs offline in a second.
+
+For tests, examples and experiments with the machinery. Nothing here has learned anything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from tinymodal.compose.build import Composed
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>")
+"""Ids 0 to 5."""
+
+WORDS = (
+    "a the red green blue yellow white black square circle triangle star small large thing digit picture "
+    "colour shape what which where how many is are there it one two three four left right above below yes no "
+    "of in on and or with same different user assistant system USER ASSISTANT answer question"
+)
+
+LanguageKind = Literal["llama", "qwen2", "qwen3", "phi", "gemma2", "gpt2", "stablelm", "smollm3"]
+VisionKind = Literal["clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2"]
+
+
+def tiny_tokenizer(words: Iterable[str] = (), chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that can write any text.
+
+    Args:
+        words: texts whose words shall be one token each, beside :data:`WORDS`. Trained by counting, so equal
+            texts give an equal tokenizer.
+        chat_template: a Jinja template for it to carry.
+
+    Returns:
+        Pad, BOS, EOS, the ChatML words and the placeholder are ids 0 to 5; it begins no text with BOS by
+        itself.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json(tuple(words))),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        chat_template=chat_template,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _tokenizer_json(words: tuple[str, ...]) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        min_frequency=2,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Each word with a space before it and at the start of a text; twice, because a pair must occur twice.
+    texts = [form for text in (WORDS, *words) for word in text.split() for form in (word, f" {word}")]
+    tokenizer.train_from_iterator(texts * 2, trainer)
+    return tokenizer.to_str()
+
+
+def tiny_language(kind: LanguageKind | str = "llama", vocab_size: int | None = None) -> dict[str, Any]:
+    """A config for :class:`~tinymodal.compose.spec.LanguageSpec`: two layers, 32 wide.
+
+    Args:
+        kind: any ``model_type`` of a causal language model.
+        vocab_size: rows of the embedding; None: as many as :func:`tiny_tokenizer` has words.
+    """
+    size = len(tiny_tokenizer()) if vocab_size is None else vocab_size
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "vocab_size": size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if kind in ("qwen3", "gemma2"):
+        config["head_dim"] = 8
+    if kind == "gpt2":
+        config |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            del config[name]
+    return config
+
+
+def tiny_vision(kind: VisionKind | str = "siglip_vision_model", image_px: int = 24) -> dict[str, Any]:
+    """A config for :class:`~tinymodal.compose.spec.VisionSpec`: three blocks, 32 wide, patches of 4 px.
+
+    Args:
+        kind: a tower's ``model_type``.
+        image_px: edge of the picture; 24 px are a 6 x 6 grid.
+    """
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": image_px,
+        "patch_size": 4,
+    }
+    if kind == "siglip2_vision_model":
+        config["num_patches"] = (image_px // 4) ** 2
+        del config["image_size"]
+    if kind.startswith("dinov2"):
+        config["mlp_ratio"] = 2
+        del config["intermediate_size"]
+    if kind == "tinymodal_tower":
+        return {
+            "model_type": kind,
+            "image_size": image_px,
+            "channels": [8, 32],
+            "residual_convs": [0, 1],
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+    return config
+
+
+def tiny_model(
+    vision: VisionKind | str | None = "siglip_vision_model",
+    connector: str = "pixel_shuffle",
+    language: LanguageKind | str = "llama",
+    template: str = "chatml",
+    seed: int = 0,
+    *,
+    options: dict[str, int | float | str] | None = None,
+    feature_layer: int = -2,
+    image_px: int = 24,
+    words: Iterable[str] = (),
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **language_config: Any,
+) -> Composed:
+    """A whole model of random parts, in under a second.
+
+    Args:
+        vision: a tower's ``model_type``; None: a model that reads text only.
+        connector: its name; the default makes 9 tokens of a 6 x 6 grid.
+        language: a language model's ``model_type``.
+        template: how conversations are written.
+        seed: the same seed gives the same weights.
+        options: of the connector.
+        feature_layer: hidden state that is read, counted as in LLaVA.
+        image_px: edge of the prepared picture.
+        words: see :func:`tiny_tokenizer`.
+        tokenizer: instead of :func:`tiny_tokenizer`'s.
+        language_config: further keys of the language model's config, or other values for them.
+    """
+    from tinymodal.compose.build import compose
+    from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
+
+    tokenizer = tokenizer if tokenizer is not None else tiny_tokenizer(words)
+    spec = ModelSpec(
+        language=LanguageSpec(
+            config={**tiny_language(language, vocab_size=len(tokenizer)), **language_config},
+            tokenizer="in memory",
+            template=template,
+        ),
+        vision=None
+        if vision is None
+        else VisionSpec(
+            config=tiny_vision(vision, image_px),
+            connector=connector,
+            options=options or {},
+            feature_layer=feature_layer,
+        ),
+    )
+    return compose(spec, tokenizer, seed)

@@ -1,0 +1,156 @@
+"""The words everyone speaks: what a conversation is, and what becomes of it on the way to the model.
+
+Plain frozen values. torch and PIL are named for the type checker only, so importing this costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import PIL.Image
+    from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that does not train (the value torch's cross entropy ignores)."""
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Words as a person wrote them. A placeholder token's spelling in here is refused by the encoder."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture: a file, the bytes of one, or a decoded picture. Decoded only when it is encoded."""
+
+    source: Path | bytes | PIL.Image.Image
+    targets: tuple[tuple[int, ...], ...] | None = None
+    """What each of the picture's tokens shows, one class id per target head, in reading order. Known for made
+    data only; used by the ``cells`` loss that pretrains a tower."""
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. ``train=None`` means: assistant turns train, others do not."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    train: bool | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.role == "assistant" if self.train is None else self.train
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation. ``id`` names the file and the row, so that every error can quote it."""
+
+    messages: tuple[Message, ...]
+    id: str
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+    def media(self) -> Iterator[Image]:
+        """Every picture in reading order."""
+        for message in self.messages:
+            for part in message.parts:
+                if isinstance(part, Image):
+                    yield part
+
+
+@dataclass(frozen=True, slots=True)
+class MediaItem:
+    """One prepared medium and the number of tokens it takes; ``tokens == prod(grid)``."""
+
+    kind: Literal["image"]
+    values: Tensor
+    """float32 [3, H, W]"""
+    grid: tuple[int, ...]
+    """Rows and columns of tokens after the connector."""
+    tokens: int
+    patches: int
+    """Positions the tower computes for this item: the unit of the packer's second budget."""
+    targets: Tensor | None = None
+    """int64 [tokens, heads], see ``Image.targets``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A sample as the model reads it. ``labels[0] == IGNORE``; placeholders in ``ids`` == sum of ``tokens``."""
+
+    ids: Tensor
+    """int64 [T]"""
+    labels: Tensor
+    """int64 [T], unshifted: the label of position t is ``ids[t]`` where it trains, else ``IGNORE``."""
+    media: tuple[MediaItem, ...]
+    sample_id: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that train. Position 0 has no predecessor and never trains."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_patches(self) -> int:
+        return sum(item.patches for item in self.media)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of packed documents. B rows of T positions, I pictures, S tokens a picture, K placeholders.
+
+    ``image_take`` says which of the I*S embeddings are used and ``image_put`` at which of the B*T positions;
+    both are computed and checked where the batch is made, so the forward pass has nothing left to mismatch.
+    """
+
+    input_ids: Tensor
+    """int64 [B, T]"""
+    labels: Tensor
+    """int64 [B, T], unshifted; the first position of every document is ``IGNORE``."""
+    position_ids: Tensor
+    """int64 [B, T], restarting at 0 with each document: this alone keeps documents apart."""
+    pixel_values: Tensor | None
+    """float32 [I, 3, H, W], or None where no row has a picture: then the tower does not run."""
+    image_take: Tensor | None
+    """int64 [K]"""
+    image_put: Tensor | None
+    """int64 [K]"""
+    target_index: Tensor
+    """int64 [N]: positions of the flattened B*T whose *next* token trains."""
+    target_ids: Tensor
+    """int64 [N]: that next token."""
+    image_targets: Tensor | None
+    """int64 [I, S, heads], see ``Image.targets``; None unless every picture has them."""
+    sample_ids: tuple[str, ...]
+    num_tokens: int
+    """Positions that hold a document's token; the rest of B*T is padding."""
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.target_ids)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model's forward takes, without labels."""
+        named = {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "pixel_values": self.pixel_values,
+            "image_take": self.image_take,
+            "image_put": self.image_put,
+        }
+        return {name: value for name, value in named.items() if value is not None}

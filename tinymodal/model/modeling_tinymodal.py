@@ -1,0 +1,438 @@
+"""The model: media become embeddings, take their places among the words, and a language model goes on.
+
+``TinyModalModel`` ends at the last hidden state; ``TinyModalForConditionalGeneration`` adds the head and
+``generate``. Both are ordinary transformers models: what they are made of is in ``TinyModalConfig``, and a
+saved folder carries this file and its neighbours, so that it loads where our package is not installed.
+"""
+
+# Shapes: B rows, T positions, I pictures, S tokens a picture, K placeholders, D language width, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_tinymodal import AUTO_MAP, TinyModalConfig
+from .connectors import find_connector
+from .encoders import encoder_of
+from .geometry import num_tokens
+from .language import LanguageHead, build_decoder
+
+
+class MediaInput(NamedTuple):
+    """The media of one kind in a batch, and where their embeddings go."""
+
+    values: Tensor
+    """Prepared media, e.g. float [I, 3, H, W]."""
+    take: Tensor
+    """int64 [K]: which of the I*S embeddings are used."""
+    put: Tensor
+    """int64 [K]: at which of the B*T positions."""
+
+
+class TinyModalPreTrainedModel(PreTrainedModel):
+    """What both classes share with every transformers model: loading, saving, attention choice."""
+
+    config_class = TinyModalConfig
+    config: TinyModalConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Called for what a checkpoint does not hold; decoder and backbones bring their own. Modules that were
+        # built with numbers in them are marked in _keep_initial_weights and never come here.
+        if module is getattr(self, "lm_head", None):
+            std = getattr(self.config.text_config, "initializer_range", 0.02)
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write weights, config and the code that reads them; see ``PreTrainedModel.save_pretrained``."""
+        # transformers enters only the class that is saved; vLLM asks for AutoModel, processors for theirs.
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class TinyModalModel(TinyModalPreTrainedModel):
+    """Towers, connectors and the decoder of a language model; ends at the last hidden state."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: TinyModalConfig) -> None:
+        super().__init__(config)
+        self.language_model = build_decoder(config.text_config)
+        self.towers, self.connectors = nn.ModuleDict(), nn.ModuleDict()
+        width = self.language_model.get_input_embeddings().embedding_dim
+        if config.vision_config is not None:
+            tower = encoder_of(config.vision_config).build(config.vision_config, config.feature_layer)
+            chosen = config.connectors["image"]
+            self.towers["image"] = tower
+            self.connectors["image"] = find_connector(chosen["name"])(tower.width, width, **chosen["options"])
+        _keep_initial_weights(self.towers)
+        _keep_initial_weights(self.connectors)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def perceive(self, kind: str, values: Tensor) -> Tensor:
+        """Prepared media of one kind -> embeddings [I, S, D].
+
+        Raises:
+            ValueError: if the model has no tower for the kind.
+        """
+        if kind not in self.towers:
+            raise ValueError(f"{kind} given, but this model has no {kind} tower")
+        tower = self.towers[kind]
+        # Words are computed in the model's data type, pixels arrive in float32.
+        features = tower(values.to(next(tower.parameters()).dtype))
+        return self.connectors[kind](features)
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Embeddings [I, S, D] of prepared pictures; the name other programs ask for."""
+        return self.perceive("image", pixel_values)
+
+    def embed(self, input_ids_BT: Tensor, media: Mapping[str, MediaInput]) -> Tensor:
+        """Token embeddings [B, T, D] with each placeholder replaced by its medium, in reading order."""
+        x_BTD = self.get_input_embeddings()(input_ids_BT)
+        for kind, (values, take, put) in media.items():
+            m_ISD = self.perceive(kind, values)
+            x_BTD = self.place(x_BTD, m_ISD, take, put)
+        return x_BTD
+
+    @staticmethod
+    def place(x_BTD: Tensor, m_ISD: Tensor, take: Tensor, put: Tensor) -> Tensor:
+        """``x_BTD`` with the embeddings ``take`` of the media at the positions ``put``."""
+        m_KD = m_ISD.flatten(0, 1).index_select(0, take).to(x_BTD.dtype)
+        return x_BTD.flatten(0, 1).index_copy(0, put, m_KD).view_as(x_BTD)
+
+    def tokens_of(self, kind: str, size: tuple[int, ...]) -> int:
+        """Tokens one prepared item of that size takes, e.g. (H, W) px. Pure integers."""
+        tower, chosen = type(self.towers[kind]), self.config.connectors[kind]
+        grid = tower.grid(self.config.vision_config, size)
+        return num_tokens(find_connector(chosen["name"]).shrink(grid, **chosen["options"]))
+
+    def media_input(
+        self, kind: str, values: Tensor, take: Tensor | None, put: Tensor | None, input_ids_BT: Tensor
+    ) -> MediaInput:
+        """``values`` with their places, found among the tokens where they are not given.
+
+        Raises:
+            ValueError: if there are not as many placeholders as embeddings.
+        """
+        if take is not None and put is not None:
+            return MediaInput(values, take, put)
+        if take is not None or put is not None:
+            raise ValueError(f"give {kind}_take and {kind}_put together or neither")
+        if kind not in self.towers:
+            raise ValueError(f"{kind} given, but this model has no {kind} tower")
+        put = (input_ids_BT.flatten() == self.config.image_token_id).nonzero().squeeze(1)
+        each = self.tokens_of(kind, tuple(values.shape[2:]))
+        if len(put) != len(values) * each:
+            raise ValueError(
+                f"{len(put)} placeholders (token {self.config.image_token_id}) but {len(values)} {kind}s of "
+                f"{each} embeddings, {len(values) * each} in all; the processor writes as many as are needed"
+            )
+        return MediaInput(values, torch.arange(len(put), device=put.device), put)
+
+    def require_no_placeholder(self, input_ids_BT: Tensor) -> None:
+        """Raise ValueError if a place for a picture would be filled with a meaningless word."""
+        if self.towers and bool((input_ids_BT == self.config.image_token_id).any()):
+            places = int((input_ids_BT == self.config.image_token_id).sum())
+            raise ValueError(
+                f"{places} placeholders (token {self.config.image_token_id}) but no pixel_values"
+            )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_take: Tensor | None = None,
+        image_put: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the media and the decoder.
+
+        Args:
+            input_ids: int64 [B, T]; each picture holds S places with ``config.image_token_id``.
+            pixel_values: float [I, 3, H, W], prepared, in reading order over the rows.
+            image_take: int64 [K], see :class:`MediaInput`; found from ``input_ids`` where not given.
+            image_put: int64 [K]; given with ``image_take`` or not at all.
+            position_ids: int64 [B, T]. Restarting at 0 they separate the documents of a packed row, if there
+                is neither ``attention_mask`` nor cache.
+            attention_mask: 0 at padding, as transformers has it; None where there is none or rows are packed.
+            past_key_values: the cache of the positions before.
+            inputs_embeds: float [B, T, D] instead of ``input_ids``, media already in place.
+            use_cache: whether to keep a cache; by default only if one is given.
+            **kwargs: for the decoder, e.g. ``output_hidden_states``.
+
+        Raises:
+            ValueError: if placeholders and media embeddings do not match.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        if inputs_embeds is None:
+            media = {}
+            if pixel_values is not None:
+                media["image"] = self.media_input("image", pixel_values, image_take, image_put, input_ids)
+            elif not self.training and _is_start(past_key_values):
+                self.require_no_placeholder(input_ids)
+            inputs_embeds = self.embed(input_ids, media)
+        elif pixel_values is not None:
+            raise ValueError(
+                "pixel_values need input_ids to find their places; inputs_embeds hold media already"
+            )
+        if use_cache is None:
+            # transformers makes a cache unasked, and with a cache it does not look at document borders.
+            use_cache = past_key_values is not None
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixin):
+    """The model with the head of its language model: logits, loss and ``generate``."""
+
+    _auto_class = "AutoModelForImageTextToText"
+
+    def __init__(self, config: TinyModalConfig) -> None:
+        super().__init__(config)
+        self.model = TinyModalModel(config)
+        # Not a module: it has no weights of its own.
+        self._head = LanguageHead(config.text_config)
+        self.lm_head = nn.Linear(self._head.in_width, self._head.vocabulary, bias=self._head.has_bias)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{_name_of_embedding(self.model)}"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Embeddings [I, S, D] of prepared pictures; the name other programs ask for."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @property
+    def head_is_plain(self) -> bool:
+        """Whether logits are ``states @ head_weight().T + head_bias()`` and nothing else."""
+        return self._head.is_plain
+
+    def head_weight(self) -> Tensor:
+        """The matrix of the head, [V, D]."""
+        return self.lm_head.weight
+
+    def head_bias(self) -> Tensor | None:
+        """The bias of the head, [V], or None."""
+        return self.lm_head.bias
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits of states, as the language model's own class computes them: [..., D] -> [..., V]."""
+        if self._head.is_plain:
+            return self.lm_head(states)
+        logits = self._head(states.reshape(1, -1, states.shape[-1]), self.lm_head)
+        return logits.view(*states.shape[:-1], -1)
+
+    def take_language(self, language: PreTrainedModel) -> None:
+        """Copy the weights of a causal language model of the same ``text_config`` into this one.
+
+        Raises:
+            ValueError: if a weight is missing, not expected, or of another shape.
+        """
+        pairs = (
+            (self.model.language_model, language.base_model),
+            (self.lm_head, language.get_output_embeddings()),
+        )
+        for ours, theirs in pairs:
+            load_exactly(ours, theirs.state_dict())
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_take: Tensor | None = None,
+        image_put: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As :meth:`TinyModalModel.forward`, and then the head.
+
+        Args:
+            input_ids: see :meth:`TinyModalModel.forward`, as all that is not named here.
+            pixel_values: see there.
+            image_take: see there.
+            image_put: see there.
+            position_ids: see there.
+            attention_mask: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            use_cache: see there.
+            labels: int64 [B, T], unshifted, -100 where nothing trains. The loss is the mean over the targets,
+                as in every transformers model; training here has its own, see ``train/loss.py``.
+            logits_to_keep: last positions to compute logits for (0: all), or their indices.
+            **kwargs: for the decoder and the loss, e.g. ``output_hidden_states``, ``num_items_in_batch``.
+        """
+        loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "ignore_index") if k in kwargs}
+        out = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_take=image_take,
+            image_put=image_put,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(out[0][:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs
+            )
+        if kwargs.get("return_dict") is False:
+            return (logits, *out[1:]) if loss is None else (loss, logits, *out[1:])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.get("past_key_values"),
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """One step's inputs: pictures only while their placeholders are among the tokens."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        pixel_values = kwargs.get("pixel_values")
+        seen = not is_first_iteration and kwargs.get("use_cache", True)
+        inputs["pixel_values"] = None if seen or inputs.get("inputs_embeds") is not None else pixel_values
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat each row for beams and samples; the pictures of a row stay together.
+
+        transformers repeats every tensor along its first dimension, which for a row of pictures a, b gives a,
+        a, b, b: the second copy of the row would see b, b.
+        """
+        pixel_values = model_kwargs.get("pixel_values")
+        if expand_size > 1 and pixel_values is not None and input_ids is not None:
+            del model_kwargs["pixel_values"]
+            each = self.model.tokens_of("image", tuple(pixel_values.shape[2:]))
+            per_row = (input_ids == self.config.image_token_id).sum(1) // each
+            rows = pixel_values.split(per_row.tolist())
+            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        if expand_size > 1 and pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+def load_exactly(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a module whose names they bear.
+
+    Raises:
+        ValueError: naming the first few that are missing, not expected, or of another shape.
+    """
+    own = module.state_dict()
+    missing = sorted(set(own) - set(weights))
+    unknown = sorted(set(weights) - set(own))
+    shapes = [
+        f"{name}: {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+        for name in sorted(set(own) & set(weights))
+        if weights[name].shape != own[name].shape
+    ]
+    if missing or unknown or shapes:
+        raise ValueError(
+            f"weights do not fit: {len(missing)} missing {missing[:3]}, {len(unknown)} not expected "
+            f"{unknown[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+        )
+    module.load_state_dict(weights)
+
+
+def _keep_initial_weights(module: nn.Module) -> None:
+    """Tell transformers that a part was built with the numbers it is to begin with."""
+    if any(p.is_meta for p in module.parameters()):
+        return  # built to be filled from a file
+    for part in module.modules():
+        part._is_hf_initialized = True
+
+
+def _name_of_embedding(model: nn.Module) -> str:
+    """Name of the token embedding's weight inside ``model``: families call it differently."""
+    weight = model.get_input_embeddings().weight
+    return next(name for name, p in model.named_parameters() if p is weight)
+
+
+def _is_start(past_key_values: Any) -> bool:
+    """Whether nothing was read yet."""
+    return past_key_values is None or past_key_values.get_seq_length() == 0

@@ -1,0 +1,383 @@
+"""Train the stages of a recipe, one after the other.
+
+A run is a folder: ``recipe.toml`` (resolved), ``run.json`` (versions, commit, machine), ``metrics.jsonl`` (a
+line a step), ``skipped.jsonl`` (rows that were left out, and why), ``checkpoints/``, ``stages/<name>`` (the
+model after each stage) and ``model`` (the result; both load with transformers' Auto classes). Started again,
+a run goes on from its newest checkpoint, and what it then computes is equal, bit for bit, to a run that was
+never interrupted.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tinymodal.compose import build
+from tinymodal.core import config
+from tinymodal.core.errors import CheckpointError, DataError, RecipeError
+from tinymodal.core.log import Metrics, Progress, clock, say
+from tinymodal.core.lookup import find, nearest
+from tinymodal.core.types import Batch
+from tinymodal.data.loader import Loader
+from tinymodal.data.sources import Source, open_source
+from tinymodal.data.synthetic import MADE
+from tinymodal.model.language import packs_exactly
+from tinymodal.train import checkpoint
+from tinymodal.train.checkpoint import Checkpoint
+from tinymodal.train.groups import Row, table, trainable
+from tinymodal.train.machine import record
+from tinymodal.train.objective import Objective
+from tinymodal.train.optim import build_optimizer, factor, set_rates
+from tinymodal.train.recipe import Recipe, Stage
+from tinymodal.train.recipe import Source as SourceSpec
+from tinymodal.train.step import StepReport, step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tinymodal.compose.build import Composed
+
+HARMLESS = ("name", "save_every", "threads", "device", "parts")
+"""Keys of a recipe that may change between two starts of one run; of a stage: ``workers``."""
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    after_save: Callable[[Path], None] | None = None,
+    on_stage_end: Callable[[Stage, Composed], None] | None = None,
+    progress: bool = True,
+) -> Composed:
+    """Train every stage of ``recipe`` in order; go on where ``folder`` holds a checkpoint.
+
+    Args:
+        recipe: the parts and the stages.
+        folder: the run folder, made if it is not there.
+        after_save: called with the model's folder after every checkpoint.
+        on_stage_end: called with the stage and the model in eval mode. Called again on resume if the run was
+            killed before it returned. Neither call can change the training: random state is put back after
+            it.
+        progress: show bars and tables.
+
+    Returns:
+        Model and encoder as trained, on the device, in eval mode.
+
+    Raises:
+        RecipeError: the recipe does not fit its parts or its data, or the folder belongs to another recipe.
+        DataError: a row cannot be used and ``bad_rows`` is ``raise``; a loss is not finite.
+        CheckpointError: a checkpoint cannot be read.
+    """
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    device = _device(recipe)
+    start = checkpoint.latest(folder)
+    _open_folder(recipe, folder, start)
+    if start is None:
+        composed = build.build(recipe.model, recipe.seed)
+    else:
+        composed = build.load(start.model)
+        checkpoint.realign(composed.model)
+    check_language(recipe, composed)
+    composed.model.to(device)
+
+    if start is not None and progress:
+        say(f"going on from {start.path}")
+    heads: dict[str, Any] | None = None if start is None else start.state["heads"]
+    for index in range(len(recipe.stages)):
+        if start is not None and index < start.progress.stage:
+            continue
+        begin = start if start is not None and index == start.progress.stage else None
+        heads = _train(recipe, index, folder, composed, begin, heads, after_save, progress)
+        _finish(recipe, index, folder, composed, on_stage_end)
+    for part, where in recipe.parts.items():
+        build.save_part(composed.model, part, Path(where), composed.encoder.tokenizer)
+    return composed
+
+
+def stage_loader(recipe: Recipe, index: int, composed: Composed) -> Loader:
+    """The data of a stage, from its beginning; a batch is one micro-batch.
+
+    Raises:
+        RecipeError: an unknown source, option, format or template.
+        DataError: a file is missing or cannot be read.
+    """
+    stage = recipe.stages[index]
+    sources = [open_data(spec, f"stages.{stage.name}.data[{i}]") for i, spec in enumerate(stage.data)]
+    tokenizer = composed.encoder.tokenizer
+    return Loader(
+        sources,
+        composed.encoder.using(template=stage.template, train_on=stage.train_on),
+        weights=[spec.weight for spec in stage.data],
+        seq_len=stage.seq_len,
+        batch_tokens=stage.micro_batch_tokens or stage.batch_tokens,
+        patches=stage.patches,
+        seed=recipe.stage_seed(index),
+        bad_rows=stage.bad_rows,
+        workers=stage.workers,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        image_token_id=composed.model.config.image_token_id,
+    )
+
+
+def open_data(spec: SourceSpec, place: str) -> Source:
+    """The source that a recipe names; ``place`` is its key, for errors."""
+    if spec.path is not None:
+        return open_source(spec.path, spec.format, spec.images)
+    make = find(spec.made, MADE, "made source")
+    known = inspect.signature(make).parameters
+    for option in spec.options:
+        if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            raise RecipeError(
+                f"{place}.options: unknown option '{option}' of '{spec.made}'"
+                f"{nearest(option, known) or f'; known: {chr(44).join(known)}'}"
+            )
+    try:
+        return make(**spec.options)
+    except (TypeError, ValueError, DataError) as error:
+        raise RecipeError(f"{place}.options: {error}") from error
+
+
+def _train(
+    recipe: Recipe,
+    index: int,
+    folder: Path,
+    composed: Composed,
+    begin: Checkpoint | None,
+    heads: dict[str, Any] | None,
+    after_save: Callable[[Path], None] | None,
+    shown: bool,
+) -> dict[str, Any] | None:
+    """One stage, from its first step or from ``begin``; gives the weights of its cell heads."""
+    stage = recipe.stages[index]
+    model = composed.model
+    if begin is not None and begin.progress.step >= stage.steps:
+        return begin.state["heads"]
+    torch.manual_seed(recipe.stage_seed(index))
+    set_recompute(model, stage.recompute)
+    objective = Objective(model, stage.loss, stage.cell_classes)
+    _load_heads(objective, heads)
+    groups = trainable(model, stage.train, stage.weight_decay, objective.heads)
+    optimizer = build_optimizer(groups, stage)
+    batches = stage_loader(recipe, index, composed)
+    at = checkpoint.Progress(stage=index)
+    if begin is not None:
+        at = begin.progress
+        optimizer.load_state_dict(begin.state["optimizer"])
+        batches.load_state_dict(begin.state["loader"])
+        checkpoint.set_random_state(begin.state["random"])
+    if shown:
+        _announce(stage, table(model, stage.train, objective.heads), at.step)
+
+    metrics = Metrics(folder / "metrics.jsonl")
+    if begin is not None:
+        metrics.rewind(at.metrics_bytes)
+    elif index == 0:
+        metrics.rewind(0)
+    before = [row for row in checkpoint.read_lines(folder / "skipped.jsonl") if row["stage"] != stage.name]
+    seconds, tokens = at.seconds, at.tokens
+
+    def save(steps: int) -> None:
+        _write_skipped(folder, stage, batches, before)
+        now = checkpoint.Progress(
+            stage=index, step=steps, seconds=seconds, tokens=tokens, metrics_bytes=metrics.flush()
+        )
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "heads": _heads_of(objective),
+            "loader": batches.state_dict(),
+            "random": checkpoint.random_state(),
+        }
+        path = checkpoint.save(folder, stage.name, now, composed, state)
+        if after_save is not None:
+            after_save(path / "model")
+            checkpoint.set_random_state(state["random"])
+
+    try:
+        with Progress(stage.name, stage.steps, start=at.step, shown=shown) as bar:
+            mean = None
+            for n in range(at.step, stage.steps):
+                began = time.perf_counter()
+                rate = factor(stage, n)
+                set_rates(optimizer, rate)
+                report = step(objective, optimizer, list(_take(batches, stage)), stage.clip, recipe.precision)
+                spent = time.perf_counter() - began
+                seconds, tokens = seconds + spent, tokens + report.num_tokens
+                metrics.log(_line(stage, n + 1, report, optimizer, spent, seconds))
+                mean = report.loss if mean is None else 0.9 * mean + 0.1 * report.loss
+                bar.advance(note=f"loss {mean:.3f}")
+                if n + 1 == stage.steps or (recipe.save_every and (n + 1) % recipe.save_every == 0):
+                    save(n + 1)
+    finally:
+        # Whatever ended the stage: rows that were left out are told, and no worker stays behind.
+        _write_skipped(folder, stage, batches, before)
+        batches.close()
+        metrics.close()
+    if shown:
+        _conclude(stage, batches, seconds, tokens, folder)
+    return _heads_of(objective)
+
+
+def set_recompute(model: PreTrainedModel, wanted: bool) -> None:
+    """Turn activation checkpointing on or off."""
+    if wanted == any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return
+    word = "enable" if wanted else "disable"
+    # Its name changed with transformers 5.23.
+    change = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
+        model, f"gradient_checkpointing_{word}"
+    )
+    change(*([{"use_reentrant": False}] if wanted else []))
+
+
+def _take(batches: Loader, stage: Stage) -> Iterator[Batch]:
+    """The micro-batches of one step."""
+    return itertools.islice(batches, stage.micro_batches)
+
+
+def _finish(
+    recipe: Recipe,
+    index: int,
+    folder: Path,
+    composed: Composed,
+    on_stage_end: Callable[[Stage, Composed], None] | None,
+) -> None:
+    """Show the stage's model to the caller, then put it where it stays: a folder that says both were done."""
+    stage = recipe.stages[index]
+    composed.model.eval()
+    last = index == len(recipe.stages) - 1
+    place = folder / "model" if last else folder / "stages" / stage.name
+    if place.exists():
+        return
+    if on_stage_end is not None:
+        state = checkpoint.random_state()
+        on_stage_end(stage, composed)
+        checkpoint.set_random_state(state)
+    newest = checkpoint.latest(folder)
+    assert newest is not None
+    checkpoint.write_folder(place, lambda to: shutil.copytree(newest.model, to, dirs_exist_ok=True))
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device is 'cuda', but torch sees no GPU; take 'auto' or 'cpu'")
+    wanted = recipe.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted, torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
+
+
+def check_language(recipe: Recipe, composed: Composed) -> None:
+    """Refuse what the language model cannot do: keep packed documents apart, or read rows that long."""
+    text = composed.model.config.text_config
+    if not packs_exactly(text):
+        raise RecipeError(
+            f"model.language: a {text.model_type} carries its state over the borders of packed documents, "
+            f"so it cannot be trained on packed rows; choose one with attention in every layer."
+        )
+    context = getattr(text, "max_position_embeddings", None)
+    for stage in recipe.stages:
+        if context is not None and stage.seq_len > context:
+            raise RecipeError(
+                f"stages.{stage.name}.seq_len is {stage.seq_len}, but the language model reads at most "
+                f"{context} positions; take {context} or less."
+            )
+
+
+def _open_folder(recipe: Recipe, folder: Path, start: Checkpoint | None) -> None:
+    """Make the run folder, or see that it belongs to this recipe."""
+    kept = folder / "recipe.toml"
+    if start is not None and kept.exists():
+        changed = config.differences(_essence(config.load(kept, Recipe)), _essence(recipe))
+        if changed:
+            raise RecipeError(
+                f"{folder}: holds a run of another recipe: {changed[0]}"
+                f"{f' (and {len(changed) - 1} more)' if len(changed) > 1 else ''}. "
+                f"Restore the recipe to go on with that run, or give another folder."
+            )
+    elif (folder / "model").exists():
+        raise CheckpointError(
+            f"{folder}: holds a finished model but no checkpoint to go on from; give another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(kept, config.dump(recipe))
+    runs = folder / "run.json"
+    known = json.loads(runs.read_text()) if runs.exists() and start is not None else {"starts": []}
+    known["starts"].append(record())
+    checkpoint.write_text(runs, json.dumps(known, indent=2) + "\n")
+
+
+def _essence(recipe: Recipe) -> Recipe:
+    """``recipe`` without what may change while it runs."""
+    plain = Recipe.model_fields
+    same = {key: plain[key].default for key in HARMLESS if key != "name"}
+    stages = tuple(stage.model_copy(update={"workers": 0}) for stage in recipe.stages)
+    return recipe.model_copy(update={**same, "name": "", "stages": stages})
+
+
+def _load_heads(objective: Objective, weights: dict[str, Any] | None) -> None:
+    """Go on with the heads of the stage before, where they ask the same questions."""
+    if objective.heads is None or weights is None:
+        return
+    own = objective.heads.state_dict()
+    if all(own[key].shape == weights[key].shape for key in own):
+        objective.heads.load_state_dict(weights)
+
+
+def _heads_of(objective: Objective) -> dict[str, Any] | None:
+    return None if objective.heads is None else objective.heads.state_dict()
+
+
+def _line(
+    stage: Stage, number: int, report: StepReport, optimizer: Any, spent: float, seconds: float
+) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``."""
+    parts = {f"loss_{name}": value for name, value in report.losses.items()} if len(report.losses) > 1 else {}
+    return {
+        "stage": stage.name,
+        "step": number,
+        "loss": report.loss,
+        **parts,
+        "lr": max(group["lr"] for group in optimizer.param_groups),
+        "grad_norm": report.grad_norm,
+        "tokens": report.num_tokens,
+        "targets": report.num_targets,
+        "tokens_per_s": round(report.num_tokens / spent, 1),
+        "seconds": round(seconds, 4),
+    }
+
+
+def _write_skipped(folder: Path, stage: Stage, batches: Loader, before: list[dict[str, Any]]) -> None:
+    """Rows that were left out, by stage: ``bad`` ones, and ``long`` ones that no row can hold."""
+    rows = [
+        {"stage": stage.name, "why": why, "sample": row.sample_id, "reason": row.reason}
+        for why, left_out in (("bad", batches.skipped), ("long", batches.dropped))
+        for row in left_out
+    ]
+    if rows or before:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*before, *rows])
+        checkpoint.write_text(folder / "skipped.jsonl", text)
+
+
+def _announce(stage: Stage, rows: list[Row], done: int) -> None:
+    resumed = f", {done:,} done" if done else ""
+    say(f"stage {stage.name}: {stage.steps:,} steps of {stage.batch_tokens:,} tokens{resumed}")
+    for row in rows:
+        what = f"trains at {row.rate:g}" if row.rate else "frozen"
+        say(f"  {row.group:<11}{row.parameters:>14,}  {what}")
+
+
+def _conclude(stage: Stage, batches: Loader, seconds: float, tokens: int, folder: Path) -> None:
+    say(f"stage {stage.name}: {tokens:,} tokens in {clock(seconds)}")
+    if batches.num_skipped or batches.num_dropped:
+        say(
+            f"  left out: {batches.num_skipped} bad rows, {batches.num_dropped} longer than a row; "
+            f"listed in {folder / 'skipped.jsonl'}"
+        )
