@@ -51,9 +51,8 @@ class Folders:
         """The picture that a row's value stands for.
 
         Args:
-            value: a path; a ``data:`` URL; encoded bytes; ``{"bytes": ..., "path": ...}`` as parquet holds
-            them
-                (bytes win); or a decoded PIL picture.
+            value: a path; a ``data:`` URL; a file's bytes; ``{"bytes": ..., "path": ...}`` as parquet holds
+                pictures (bytes win); or a decoded PIL picture.
             row_id: named in the error.
 
         Raises:

@@ -74,8 +74,7 @@ class Loader:
             sources: objects with ``sample(index)``; those with a length are drawn in epochs.
             encoder: a pure function of the sample.
             seq_len: positions of a row.
-            batch_tokens: positions of a batch, padding included; a batch has ``batch_tokens // seq_len``
-            rows.
+            batch_tokens: positions of a batch, padding included: ``batch_tokens // seq_len`` rows.
             pad_id: token that fills rows.
             image_token_id: the placeholder's token.
             weights: draws of each source relative to the others, see ``Mixture``.

@@ -85,8 +85,7 @@ class Packer:
 
         Args:
             encoded: the sample. Too long for any row, it is dropped and named, see :meth:`misfit`.
-            index: the number by which the caller can have the sample again; kept beside it, see
-            :meth:`state`.
+            index: the number by which the caller can have the sample again, see :meth:`state`.
         """
         reason = self.misfit(encoded)
         if reason is not None:

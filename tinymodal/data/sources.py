@@ -109,8 +109,7 @@ def open_source(path: str | Path, format: str, images: str | Path | None = None)
     """Open the data files that ``path`` names.
 
     Args:
-        path: a .json (a list of rows), .jsonl (a row a line) or .parquet file, or a pattern such as
-        ``chats/*.jsonl``.
+        path: a .json (list of rows), .jsonl (a row a line) or .parquet file; or a pattern, ``chats/*.jsonl``.
         format: a name in ``CONVERTERS``, or ``"my_rows.py:convert"``.
         images: folder of the pictures, where paths in the rows are not relative to the data file.
 
@@ -199,11 +198,10 @@ def _open_jsonl(path: Path) -> _JsonRows:
     spans, lines, at = [], [], 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            start = at + (3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0)
-            at += len(line)
-            if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                spans.append((start, at))
+            if line.strip(_BOM + b" \t\r\n"):
+                spans.append((at, at + len(line)))
                 lines.append(number)
+            at += len(line)
     return _JsonRows(path, spans, lines if lines and lines[-1] != len(lines) else None)
 
 
@@ -225,7 +223,7 @@ def _open_json(path: Path) -> _JsonRows:
         )
     decode = json.JSONDecoder().raw_decode
     # Python counts characters and files count bytes; both walk along together.
-    ascii_only, byte, seen = text.isascii(), len(raw) - len(raw.removeprefix(b"\xef\xbb\xbf")), 0
+    ascii_only, byte, seen = text.isascii(), len(raw) - len(raw.removeprefix(_BOM)), 0
 
     def bytes_to(character: int) -> int:
         nonlocal byte, seen
@@ -266,6 +264,9 @@ def _space(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
+
+_BOM = b"\xef\xbb\xbf"
+"""What some editors put before UTF-8; json skips it."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 

@@ -205,8 +205,8 @@ def draw(scene: Scene, rng: Random) -> Picture:
                 scan = Pictures.fromarray(_scans()[0][thing.scan]).resize(
                     (side, side), Pictures.Resampling.BICUBIC
                 )
-                ink = Pictures.new("RGB", (side, side), (shade, shade, shade))
-                canvas.paste(ink, (round(x - side / 2), round(y - side / 2)), scan)
+                inked = Pictures.new("RGB", (side, side), (shade, shade, shade))
+                canvas.paste(inked, (round(x - side / 2), round(y - side / 2)), scan)
     small = canvas.reduce(scale)
     return ImageChops.add(small, rng.choice(_grain()), 1, -128)
 
@@ -448,6 +448,7 @@ def ask(kind: str, rng: Random, world: World, unseen_pair: bool = False) -> Aske
         subject = rng.choice(sorted(UNSEEN_PAIRS)) if unseen_pair else None
         if kind == "compare":
             return _ask_compare(rng, world, subject)
+        asked: tuple[Scene, QA | None]
         if kind == "count":
             asked = _ask_balanced_count(rng, world, subject)
         elif kind in ("number", "handwritten"):

@@ -1,0 +1,165 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinymodal.core.errors import DataError
+from tinymodal.core.types import IGNORE, Encoded, MediaItem
+from tinymodal.data.collate import collate
+
+PAD, IMAGE, TOKENS = 0, 1, 4
+
+
+def picture(value=0.0, targets=None):
+    return MediaItem("image", torch.full((3, 2, 2), value), (2, 2), TOKENS, 4, targets)
+
+
+def document(spec, name="d", targets=None):
+    """One position for each letter: t trains, w does not, i is a picture of four placeholders."""
+    ids, labels, media = [], [], []
+    for n, letter in enumerate(spec):
+        if letter == "i":
+            media.append(picture(float(n), targets))
+            ids += [IMAGE] * TOKENS
+            labels += [IGNORE] * TOKENS
+        else:
+            ids.append(10 + n)
+            labels.append(10 + n if letter == "t" else IGNORE)
+    return Encoded(torch.tensor(ids), torch.tensor(labels), tuple(media), name)
+
+
+specs = st.text("wti", min_size=1, max_size=8).map(lambda words: "w" + words)
+rows_of_specs = st.lists(st.lists(specs, min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@settings(deadline=None)
+@given(rows_of_specs, st.integers(0, 5))
+def test_a_batch_holds_every_document_at_its_place(rows, spare):
+    """Everything is computed a second time, one position after the other."""
+    documents = [[document(spec, f"{r}.{n}") for n, spec in enumerate(row)] for r, row in enumerate(rows)]
+    length = max(sum(map(len, row)) for row in documents) + spare
+    batch = collate(documents, PAD, IMAGE, pad_to=length)
+
+    assert batch.input_ids.shape == (len(rows), length)
+    ids, labels, positions, puts, targets = [], [], [], [], []
+    for row in documents:
+        for d in row:
+            for t in range(len(d)):
+                if d.ids[t] == IMAGE:
+                    puts.append(len(ids))
+                if d.labels[t] != IGNORE:
+                    targets.append((len(ids) - 1, int(d.ids[t])))
+                ids.append(int(d.ids[t]))
+                labels.append(int(d.labels[t]))
+                positions.append(t)
+        tail = -len(ids) % length
+        ids += [PAD] * tail
+        labels += [IGNORE] * tail
+        positions += range(tail)
+    assert batch.input_ids.flatten().tolist() == ids
+    assert batch.labels.flatten().tolist() == labels
+    assert batch.position_ids.flatten().tolist() == positions
+    assert list(zip(batch.target_index.tolist(), batch.target_ids.tolist(), strict=True)) == targets
+    assert batch.num_targets == len(targets)
+    assert batch.num_tokens == sum(len(d) for row in documents for d in row)
+    assert batch.sample_ids == tuple(d.sample_id for row in documents for d in row)
+
+    pictures = [item.values for row in documents for d in row for item in d.media]
+    if pictures:
+        assert torch.equal(batch.pixel_values, torch.stack(pictures))
+        assert batch.image_put.tolist() == puts
+        assert batch.image_take.tolist() == list(range(TOKENS * len(pictures)))
+    else:
+        assert (batch.pixel_values, batch.image_put, batch.image_take) == (None, None, None)
+
+
+@settings(deadline=None)
+@given(rows_of_specs)
+def test_no_document_is_taken_for_the_continuation_of_another(rows):
+    """A border is where positions do not go up by one, which is how transformers finds it."""
+    documents = [[document(spec) for spec in row] for row in rows]
+    batch = collate(documents, PAD, IMAGE)
+    for row, positions in zip(documents, batch.position_ids, strict=True):
+        used, tail = sum(map(len, row)), len(positions) - sum(map(len, row))
+        borders = 1 + (positions.diff() != 1).sum()
+        assert borders == len(row) + (tail > 0)
+        assert positions[used:].tolist() == list(range(tail))
+
+
+def test_shapes_and_dtypes_are_those_of_the_batch():
+    targets = torch.zeros(TOKENS, 2, dtype=torch.int64)
+    batch = collate([[document("wit", targets=targets)], [document("wtt")]], PAD, IMAGE, pad_to=8)
+
+    assert {name: (list(v.shape), v.dtype) for name, v in batch.inputs().items()} == {
+        "input_ids": ([2, 8], torch.int64),
+        "position_ids": ([2, 8], torch.int64),
+        "pixel_values": ([1, 3, 2, 2], torch.float32),
+        "image_take": ([4], torch.int64),
+        "image_put": ([4], torch.int64),
+    }
+    assert batch.image_targets.shape == (1, TOKENS, 2)
+    assert batch.target_index.dtype == batch.target_ids.dtype == torch.int64
+
+
+def test_picture_targets_are_there_only_if_every_picture_has_them():
+    targets = torch.arange(2 * TOKENS).view(TOKENS, 2)
+    some = [document("wi", targets=targets), document("wi")]
+    assert collate([some], PAD, IMAGE).image_targets is None
+    assert torch.equal(collate([some[:1] * 2], PAD, IMAGE).image_targets, torch.stack([targets, targets]))
+
+
+def broken(spec="wtit", **changes):
+    return replace(document(spec, name="chats.jsonl:9"), **changes)
+
+
+def with_label(at, value):
+    labels = document("wtit").labels.clone()
+    labels[at] = value
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [
+        (broken(media=()), "4 placeholders for 0 pictures of 0 tokens in all; expected as many"),
+        (broken(media=(picture(), picture())), "4 placeholders for 2 pictures of 8 tokens"),
+        (broken("wt", media=(picture(),)), "0 placeholders for 1 pictures of 4 tokens"),
+        (broken(labels=with_label(0, 10)), "the first position trains, though nothing comes before it"),
+        (broken(labels=with_label(1, 12)), "position 1 has the label 12 but the id 11"),
+        (broken(labels=with_label(3, IMAGE)), "position 3 is a picture's placeholder and trains"),
+        (broken(labels=torch.tensor([IGNORE])), "7 ids but 1 labels; expected one label for each id"),
+        (broken(ids=torch.tensor([]), labels=torch.tensor([])), "no tokens; expected at least one"),
+        (broken("wi", media=(replace(picture(), values=torch.zeros(3, 4, 4)),)), "a picture of [3, 4, 4]"),
+    ],
+)
+def test_a_sample_that_contradicts_itself_is_named(sample, words):
+    """Wherever in the batch it is."""
+    fine = [document("wt", "fine"), document("wit", "fine too")]
+    with pytest.raises(DataError) as error:
+        collate([fine, [fine[0], sample]], PAD, IMAGE, pad_to=16)
+    assert str(error.value).startswith(f"chats.jsonl:9: {words}")
+    assert "\n" not in str(error.value)
+
+
+def test_two_wrongs_in_a_row_do_not_make_a_right():
+    """One placeholder too many here and one too few there leave the sum of the row correct."""
+    short, long = broken("wi"), document("wi")
+    short = replace(short, ids=short.ids[:-1], labels=short.labels[:-1])
+    long = replace(
+        long, ids=torch.cat([long.ids, long.ids[-1:]]), labels=torch.cat([long.labels, long.labels[-1:]])
+    )
+    with pytest.raises(DataError, match="3 placeholders for 1 pictures"):
+        collate([[short, long]], PAD, IMAGE)
+
+
+def test_rows_that_were_packed_wrongly_are_refused():
+    with pytest.raises(ValueError, match="a row holds 5 tokens, more than the 4"):
+        collate([[document("wt"), document("wtt")]], PAD, IMAGE, pad_to=4)
+    with pytest.raises(ValueError, match="rows of at least one sample"):
+        collate([[document("wt")], []], PAD, IMAGE)
+    with pytest.raises(ValueError, match="rows of at least one sample"):
+        collate([], PAD, IMAGE)
+    with pytest.raises(ValueError, match="padding would be taken for pictures"):
+        collate([[document("wt")]], IMAGE, IMAGE)
