@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 demo: $(VENV)/.demo
 	$(BIN)/tinymodal demo
 
-# torch first: on a machine without a GPU the CPU build is enough, and a tenth of the size.
+# torch first and alone, so that the pinned build is taken and nothing else chooses another one.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch

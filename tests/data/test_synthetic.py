@@ -213,4 +213,4 @@ def test_an_option_nobody_knows_is_refused_with_those_that_exist(options, words)
 
 def test_two_pictures_are_compared_in_one_message():
     sample = next(s for s in map(Scenes(kinds=["compare"], form="questions").sample, range(5)))
-    assert [type(part) for part in sample.messages[0].parts] == [Image, Image, Text]
+    assert [type(part) for part in sample.messages[0].parts] == [Text, Image, Text, Image, Text]

@@ -29,7 +29,7 @@ from PIL import Image as Pictures
 from PIL import ImageChops, ImageDraw, ImageFont
 
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Image, Message, Sample, Text
+from tinymodal.core.types import Image, Message, Part, Sample, Text
 
 Split = Literal["train", "val", "test"]
 Random = random.Random
@@ -639,10 +639,17 @@ def _sample(name: str, images: tuple[Image, ...], turns: Sequence[QA], kind: str
     """A conversation about ``images``, which open it."""
     messages = []
     for i, (question, answer) in enumerate(turns):
-        words = (Text(question),) if question else ()
-        messages.append(Message("user", (*images, *words) if i == 0 else words))
+        messages.append(Message("user", _user_parts(images if i == 0 else (), question)))
         messages.append(Message("assistant", (Text(answer),)))
     return Sample(tuple(messages), name, {"kind": kind})
+
+
+def _user_parts(images: tuple[Image, ...], question: str) -> tuple[Part, ...]:
+    """The pictures, then the question; two pictures are named, as the question speaks of them by name."""
+    if len(images) == 2:
+        first, second = images
+        return Text("first: "), first, Text("\nsecond: "), second, Text(f"\n{question}")
+    return (*images, Text(question)) if question else images
 
 
 @dataclass(frozen=True, slots=True)
@@ -653,6 +660,8 @@ class MadeQuestion:
     answer: str
     kind: str
     unseen_pair: bool
+    choices: str = ""
+    """The answers that a question of relation names, ``left or right`` or ``above or below``."""
 
 
 def questions(split: Split, seed: int, per_kind: int, unseen_pairs: bool) -> list[MadeQuestion]:
@@ -668,8 +677,9 @@ def questions(split: Split, seed: int, per_kind: int, unseen_pairs: bool) -> lis
             rng = Random(name)
             asked = ask(kind, rng, world, unseen_pairs)
             images = tuple(Image(draw(scene, rng)) for scene in asked.scenes)
-            sample = Sample((Message("user", (*images, Text(asked.question))),), name, {"kind": kind})
-            made.append(MadeQuestion(sample, asked.answer, kind, unseen_pairs))
+            sample = Sample((Message("user", _user_parts(images, asked.question)),), name, {"kind": kind})
+            choices = next((c for c in ("left or right", "above or below") if c in asked.question), "")
+            made.append(MadeQuestion(sample, asked.answer, kind, unseen_pairs, choices))
     return made
 
 
