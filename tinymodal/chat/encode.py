@@ -235,8 +235,8 @@ class Encoder:
             if found < written:
                 raise CheckpointError(
                     f"{sample.id}: the tokenizer reads {found} control tokens where template "
-                    f"'{self.template.name}' wrote {written}: it normalizes their neighbours into them. Mark them "
-                    f"as not normalized in its tokenizer.json"
+                    f"'{self.template.name}' wrote {written}: it looks for them in normalized text. Set "
+                    f"'normalized' to false for them in its tokenizer.json."
                 )
         return text, ids, self._labels(rendered, ids, offsets, reply), offsets
 

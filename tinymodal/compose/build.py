@@ -9,6 +9,7 @@ Pretrained parts are read by ``compose.pretrained``, which knows where they lie 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -214,19 +215,22 @@ def save_part(
         if "image" not in model.model.towers:
             raise RecipeError("parts.vision: this model has no vision tower to save; take the key out")
         tower = model.model.towers["image"]
+        config = model.config.vision_config
+        assert config is not None
         with _whole(Path(folder)) as partial:
             from safetensors.torch import save_file
 
             weights = {name: w.detach().cpu().contiguous() for name, w in tower.module.state_dict().items()}
             save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-            config = model.config.vision_config
             document = {**config.to_diff_dict(), "model_type": config.model_type}
             _write_json(partial / "config.json", document)
         return
     if tokenizer is None:
         raise ValueError("a language model is saved with its tokenizer")
-    config = model.config.text_config
-    language = causal_class(config)._from_config(config, dtype=model.dtype)
+    words = model.config.text_config
+    # Its first numbers are random, and replaced: nobody else's random state may move for them.
+    with torch.random.fork_rng(devices=[]):
+        language = causal_class(words)._from_config(copy.deepcopy(words), dtype=model.dtype)
     load_exactly(language.base_model, model.model.language_model.state_dict())
     load_exactly(language.get_output_embeddings(), model.lm_head.state_dict())
     with _whole(Path(folder)) as partial:

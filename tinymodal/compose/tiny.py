@@ -78,27 +78,27 @@ def tiny_language(kind: LanguageKind | str = "llama", vocab_size: int | None = N
         kind: any ``model_type`` of a causal language model.
         vocab_size: rows of the embedding; None: as many as :func:`tiny_tokenizer` has words.
     """
-    size = len(tiny_tokenizer()) if vocab_size is None else vocab_size
-    config: dict[str, Any] = {
-        "model_type": kind,
-        "vocab_size": size,
+    from transformers import CONFIG_MAPPING
+
+    values: dict[str, Any] = {
+        "vocab_size": len(tiny_tokenizer()) if vocab_size is None else vocab_size,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 8,
         "max_position_embeddings": 1024,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        # What gpt2 and opt call the width of their feed-forward, and opt that of its words.
+        "n_inner": 64,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
     }
-    if kind in ("qwen3", "gemma2"):
-        config["head_dim"] = 8
-    if kind == "gpt2":
-        config |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-            del config[name]
-    return config
+    family = CONFIG_MAPPING[kind]()
+    return {"model_type": kind} | {key: value for key, value in values.items() if hasattr(family, key)}
 
 
 def tiny_vision(kind: VisionKind | str = "siglip_vision_model", image_px: int = 24) -> dict[str, Any]:
