@@ -1,0 +1,216 @@
+"""A run asks every question once, writes everything down, and goes on where it was stopped."""
+
+import json
+
+import PIL.Image
+import pytest
+import torch
+
+from tinymodal.compose.tiny import tiny_model
+from tinymodal.core.errors import DataError, RecipeError, TinyModalError
+from tinymodal.core.types import Image, Message, Sample, Text
+from tinymodal.eval.answers import exact
+from tinymodal.eval.benchmark import Benchmark, Question, by_category
+from tinymodal.eval.run import benchmark, evaluate, fingerprint, run, tables
+from tinymodal.infer.engine import Engine, Reply
+
+
+class Parrot:
+    """An engine that answers ``red`` and remembers what it was asked. Raises on demand, as a kill would."""
+
+    def __init__(self, model=None, stop_after: int | None = None, says: str = "red"):
+        self._engine = Engine(model or tiny_model())
+        self.model, self.encoder = self._engine.model, self._engine.encoder
+        self.asked, self.stop_after, self.says = [], stop_after, says
+
+    def reply(self, samples, sampling, batch_size, done):
+        if self.stop_after is not None and len(self.asked) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.asked += [sample.id for sample in samples]
+        done(len(samples))
+        return [Reply(self.says, 10, 1, "stop", "prompt of " + sample.id) for sample in samples]
+
+
+def questions(number: int = 10) -> list[Question]:
+    picture = Image(PIL.Image.new("RGB", (24, 24), "red"))
+    return [
+        Question(
+            Sample((Message("user", (picture, Text("what"))),), f"q{i}"),
+            "red" if i % 2 else "blue",
+            {"kind": "odd" if i % 2 else "even"},
+        )
+        for i in range(number)
+    ]
+
+
+def colours(load=questions, name: str = "colours", **more) -> Benchmark:
+    return Benchmark(name=name, load=load, score=exact, reduce=by_category("kind"), source="here", **more)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def test_every_prompt_reply_and_score_is_written_down(model, tmp_path):
+    result = run(colours(), Parrot(model), tmp_path)
+    assert result.numbers == {"even": 0.0, "odd": 1.0, "mean": 0.5}
+    rows = [json.loads(line) for line in (tmp_path / "colours.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"q{i}" for i in range(10)]
+    assert rows[1] == {
+        "id": "q1",
+        "prompt": "prompt of q1",
+        "reply": "red",
+        "stopped_by": "stop",
+        "answer": "red",
+        "parsed": "red",
+        "score": 1.0,
+        "meta": {"kind": "odd"},
+        "run": rows[0]["run"],
+    }
+
+
+def test_a_stopped_run_goes_on_and_asks_nothing_twice(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinymodal.eval.run.SAVE_EVERY", 4)
+    first = Parrot(model, stop_after=8)
+    with pytest.raises(KeyboardInterrupt):
+        run(colours(), first, tmp_path)
+    assert len(first.asked) == 8
+    # A kill in the middle of a line leaves half of it.
+    with (tmp_path / "colours.jsonl").open("a") as file:
+        file.write('{"id": "q8", "rep')
+    second = Parrot(model)
+    result = run(colours(), second, tmp_path)
+    assert second.asked == ["q8", "q9"]
+    assert len(result.answered) == 10
+    rows = [json.loads(line)["id"] for line in (tmp_path / "colours.jsonl").read_text().splitlines()]
+    assert rows == [f"q{i}" for i in range(10)]
+
+
+def test_another_model_is_asked_again(model, tmp_path):
+    run(colours(), Parrot(model), tmp_path)
+    other = Parrot(tiny_model(seed=1), says="blue")
+    assert run(colours(), other, tmp_path).numbers["even"] == 1.0
+    assert len(other.asked) == 10
+
+
+def test_a_changed_answer_is_scored_anew_and_other_limits_keep_their_rows(model, tmp_path):
+    run(colours(), Parrot(model), tmp_path)
+    few = Parrot(model)
+    assert run(colours(), few, tmp_path, limit=3).limit == 3
+    assert few.asked == []
+    again = Parrot(model)
+    run(colours(), again, tmp_path)
+    assert again.asked == []
+    changed = [Question(q.sample, "green", q.meta) for q in questions()]
+    run(colours(lambda: changed), again, tmp_path)
+    assert len(again.asked) == 10
+
+
+def test_a_line_end_inside_a_reply_is_no_line_end_of_the_file(model, tmp_path):
+    odd = Parrot(model, says="red\u2028and\x85blue")
+    run(colours(), odd, tmp_path)
+    again = Parrot(model)
+    assert run(colours(), again, tmp_path).answered[0].reply == "red\u2028and\x85blue"
+    assert again.asked == []
+
+
+def test_one_step_of_training_changes_the_mark(model):
+    engine = Engine(tiny_model())
+    assert fingerprint(engine, 8) == fingerprint(Engine(tiny_model()), 8)
+    assert fingerprint(engine, 8) != fingerprint(engine, 9)
+    before = fingerprint(engine, 8)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.add_(1e-5)
+    assert fingerprint(engine, 8) != before
+
+
+def test_no_questions_or_two_of_one_id_are_refused(model, tmp_path):
+    with pytest.raises(DataError, match="no questions"):
+        run(colours(list), Parrot(model), tmp_path)
+    with pytest.raises(DataError, match="one id"):
+        run(colours(lambda: questions(2) + questions(2)), Parrot(model), tmp_path)
+
+
+def test_a_real_model_is_scored_end_to_end(model, tmp_path):
+    monkey = {"one": colours(name="one"), "two": colours(name="two", max_new_tokens=2)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinymodal.eval.run.TASKS", monkey)
+        results = evaluate(model, ["one", "two"], folder=tmp_path, limit=4)
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert set(told) == {"one", "two"}
+    assert told["one"]["questions"] == 4
+    assert told["one"]["limit"] == 4
+    assert told["one"]["best_constant"]["odd"] == {"answer": "red", "accuracy": 1.0}
+    assert len(tables(results)) == 2
+
+
+def test_results_of_other_benchmarks_stay_in_the_file(model, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinymodal.eval.run.TASKS", {"one": colours(name="one"), "two": colours(name="two")})
+        evaluate(model, ["one"], folder=tmp_path, limit=2)
+        evaluate(model, ["two"], folder=tmp_path, limit=2)
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"one", "two"}
+
+
+def test_a_family_shares_one_table(model, tmp_path):
+    from rich.console import Console
+
+    both = [
+        run(colours(name=name, family="pair"), Parrot(model), tmp_path)
+        for name in ("colours", "colours-again")
+    ]
+    (table,) = tables(both)
+    console = Console(width=100, record=True, quiet=False)
+    with console.capture() as captured:
+        console.print(table)
+    for word in ("colours-again", "best constant", "odd", "50.0", "100.0"):
+        assert word in captured.get()
+
+
+def test_rows_of_your_own_are_a_benchmark(model, tmp_path):
+    PIL.Image.new("RGB", (30, 20), "blue").save(tmp_path / "a.png")
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"image": "a.png", "question": "what colour", "answer": "blue", "kind": "colour"},
+        {"image": None, "question": "how many", "answer": "2"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = benchmark(str(path))
+    first, second = mine.load()
+    assert first.answer == "blue"
+    assert first.meta == {"kind": "colour"}
+    assert [message.role for message in first.sample.messages] == ["user"]
+    assert len(list(first.sample.media())) == 1
+    assert not list(second.sample.media())
+    (result,) = evaluate(model, [str(path)], folder=tmp_path / "out")
+    assert set(result.numbers) == {"colour", "other", "mean"}
+
+
+def test_a_benchmark_of_your_own_is_named_by_file_and_name(tmp_path):
+    path = tmp_path / "my_bench.py"
+    path.write_text(
+        "from tinymodal.eval.answers import exact\n"
+        "from tinymodal.eval.benchmark import Benchmark\n"
+        "BENCHMARK = Benchmark(name='mine', load=list, score=exact, source='here')\n"
+        "OTHER = 3\n"
+    )
+    assert benchmark(f"{path}:BENCHMARK").name == "mine"
+    with pytest.raises(DataError, match="found int"):
+        benchmark(f"{path}:OTHER")
+
+
+@pytest.mark.parametrize(("name", "told"), [("scene", "scenes"), ("nowhere.jsonl", "nowhere.jsonl")])
+def test_a_name_that_nobody_knows_is_told_before_anything_is_asked(model, tmp_path, name, told):
+    with pytest.raises(TinyModalError, match=told):
+        evaluate(model, ["scenes", name], folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert issubclass(RecipeError, TinyModalError)
+
+
+def test_a_bad_row_of_your_own_is_named_by_file_and_row(model, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"image": "gone.png", "question": "what", "answer": "x"}\n')
+    with pytest.raises(DataError, match=r"mine\.jsonl:1: .*gone\.png"):
+        evaluate(model, [str(path)], folder=tmp_path)

@@ -1,0 +1,311 @@
+"""The verbs of the command line.
+
+Each imports its room only when it is called, so ``--help`` and a misspelt recipe answer at once.
+
+Exit codes: 0 done; 1 something the user can put right, told in one line; 2 a bug, with its traceback; 130
+stopped with Ctrl-C. ``TINYMODAL_DEBUG=1`` shows the traceback of the second kind as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tinymodal import __version__
+from tinymodal.core.errors import DataError, RecipeError, TinyModalError
+
+if TYPE_CHECKING:
+    from tinymodal.compose.build import Composed
+
+    Verbs = argparse._SubParsersAction["Parser"]
+
+STARTER = "starter"
+SCENES = "scenes,scenes-unseen,scenes-shuffled"
+USERS_FAULT = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
+"""System errors that are no bug of ours: a full disk, a folder one may not write to."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong argument exits with 1 as every other fault of the user does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"error: {message}; see '{self.prog} --help'\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = Parser(
+        prog="tinymodal",
+        description="A factory for small multimodal models.",
+        epilog="Docs: docs/ in the repository.",
+    )
+    top.add_argument("--version", action="store_true", help="print the version and leave")
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", parser_class=Parser)
+    for add in (add_demo, add_train, add_preview, add_eval, add_chat):
+        add(verbs)
+    return top
+
+
+def add_demo(verbs: Verbs) -> None:
+    p = verbs.add_parser("demo", help="train a small model on made pictures, score it, say how to talk to it")
+    p.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="run folder (%(default)s)"
+    )
+    p.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="another recipe with stages align and instruct"
+    )
+    p.add_argument("--seed", type=int, help="seed of the test questions; a fresh one if not given")
+    p.set_defaults(run=run_demo)
+
+
+def add_train(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "train", help="run a recipe's stages: tinymodal train recipes/demo.toml stages.align.steps=50"
+    )
+    p.add_argument("recipe", help="a TOML file, or my_runs.py:function")
+    p.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="change a value of the recipe")
+    p.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="run folder; runs/NAME of the recipe if not given"
+    )
+    p.set_defaults(run=run_train)
+
+
+def add_preview(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "preview", help="parameters, tokens, memory and one packed row in colour; trains nothing"
+    )
+    p.add_argument("recipe", help="a TOML file, or my_runs.py:function")
+    p.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="change a value of the recipe")
+    p.set_defaults(run=run_preview)
+
+
+def add_eval(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "eval", help="score a model: tinymodal eval runs/mine --on my_questions.jsonl --limit 200"
+    )
+    p.add_argument(
+        "model", nargs="?", default=STARTER, help="run folder, model folder or Hub name (%(default)s)"
+    )
+    p.add_argument(
+        "--on",
+        default=SCENES,
+        metavar="NAMES",
+        help="benchmarks, comma-separated: built-in ones (%(default)s), a .jsonl of image, question and "
+        "answer, or my_bench.py:BENCHMARK",
+    )
+    p.add_argument(
+        "--limit", type=positive, metavar="N", help="the first N questions of each, for a quick look"
+    )
+    p.add_argument(
+        "--batch", type=positive, default=64, metavar="N", help="questions answered together (%(default)s)"
+    )
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="where replies and results go (MODEL/eval)")
+    add_device(p)
+    p.set_defaults(run=run_eval)
+
+
+def add_chat(verbs: Verbs) -> None:
+    p = verbs.add_parser("chat", help="talk to a model: tinymodal chat runs/demo/model --image cat.png")
+    p.add_argument(
+        "model", nargs="?", default=STARTER, help="run folder, model folder or Hub name (%(default)s)"
+    )
+    p.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="show a picture first; may be repeated",
+    )
+    p.add_argument(
+        "--max-new-tokens", type=positive, default=256, metavar="N", help="longest reply (%(default)s)"
+    )
+    p.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest word (%(default)s)"
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="choose among the likeliest words that make up P",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the choice, where temperature is above 0")
+    add_device(p)
+    p.set_defaults(run=run_chat)
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
+    )
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from tinymodal.demo import demo
+
+    demo(args.out, recipe=args.recipe, seed=args.seed)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from tinymodal.core.config import load
+    from tinymodal.train.recipe import Recipe
+
+    recipe = load(args.recipe, Recipe, args.overrides)
+    folder = args.out or Path("runs") / recipe.name
+
+    from tinymodal.train.loop import run
+
+    run(recipe, folder)
+    print(f"\nThe model is in {folder / 'model'}. Talk to it:\n\n  tinymodal chat {folder / 'model'}\n")
+
+
+def run_preview(args: argparse.Namespace) -> None:
+    from tinymodal.core.config import load
+    from tinymodal.train.recipe import Recipe
+
+    recipe = load(args.recipe, Recipe, args.overrides)
+
+    from tinymodal.train.preview import preview
+
+    preview(recipe)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from tinymodal.eval.run import benchmark, evaluate, tables
+
+    names = [name for name in args.on.split(",") if name]
+    for name in names:
+        benchmark(name)  # a misspelt name is told before the model is loaded
+    folder = args.out or results_folder(args.model)
+    results = evaluate(load_model(args), names, folder=folder, limit=args.limit, batch_size=args.batch)
+
+    from rich.console import Console
+
+    console = Console()
+    for table in tables(results):
+        console.print(table)
+    print(f"Every prompt, reply and score: {folder}")
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    for path in args.image:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such picture (looked in {Path.cwd()}).")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise RecipeError(
+            f"--temperature {args.temperature} must be at least 0, "
+            f"and --top-p {args.top_p} above 0 and at most 1."
+        )
+    composed = load_model(args)
+
+    from tinymodal.infer.engine import Engine, Sampling
+    from tinymodal.infer.repl import chat
+
+    sampling = Sampling(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
+    )
+    errors = chat(Engine(composed), args.image, sampling)
+    return 1 if errors and not sys.stdin.isatty() else 0
+
+
+def load_model(args: argparse.Namespace) -> Composed:
+    """The model of ``MODEL`` on ``--device``."""
+    import torch
+
+    from tinymodal.compose.build import load
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: torch sees no GPU here; leave the option out to use the CPU.")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    return load(args.model, device=device)
+
+
+def results_folder(name: str) -> Path:
+    """``MODEL/eval``; models that do not lie in a folder of the user's get one under ``runs``."""
+    folder = Path(name)
+    return folder / "eval" if folder.is_dir() else Path("runs") / name.replace("/", "--") / "eval"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    set_environment()
+    args = parser().parse_args(argv)
+    if args.version:
+        print(f"tinymodal {__version__}")
+        return 0
+    if not hasattr(args, "run"):
+        parser().print_help()
+        return 0
+    try:
+        return args.run(args) or 0
+    except TinyModalError as error:
+        return told(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last save", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (| head). Python would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno in USERS_FAULT:
+            return told(f"{error.filename or 'the disk'}: {error.strerror}")
+        return bug()
+    except Exception:
+        return bug()
+
+
+def told(message: str) -> int:
+    """Say what the user can put right."""
+    if os.environ.get("TINYMODAL_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def bug() -> int:
+    """Show what we have to put right."""
+    traceback.print_exc()
+    print("This is a bug in TinyModal, not in what you did. Please report the lines above.", file=sys.stderr)
+    return 2
+
+
+def set_environment() -> None:
+    """What libraries read from the environment, unless the user has set it. Done here and nowhere else."""
+    cores = str(usable_cores())
+    for name, value in {
+        "OMP_NUM_THREADS": cores,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: a container's share, where torch would count the whole machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+if __name__ == "__main__":
+    sys.exit(main())

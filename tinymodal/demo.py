@@ -1,0 +1,431 @@
+"""The demo: train a small model from the starter parts, score it, and say how to talk to it.
+
+Two stages (align, instruct) on made pictures; a second run without the first stage shows what aligning
+gives. Then questions about pictures that were made after training, with a fresh seed: new scenes, pairs of
+shape and colour that training never showed, and the first ones again with the pictures shuffled. The model
+that ships with TinyModal answers the same questions.
+
+Everything finished is kept in the run folder, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinymodal.core.config import differences
+from tinymodal.core.config import load as load_recipe
+from tinymodal.core.errors import RecipeError
+from tinymodal.core.log import say
+from tinymodal.core.types import Text
+from tinymodal.eval import report as pages
+from tinymodal.eval.curves import curves
+from tinymodal.eval.run import Result, run, write_atomically
+from tinymodal.eval.tasks import scenes
+from tinymodal.train.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from tinymodal.compose.build import Composed
+    from tinymodal.eval.benchmark import Benchmark
+
+STAGES = ("align", "instruct")
+WITHOUT = "without-align"
+
+
+def demo(
+    folder: Path,
+    *,
+    recipe: Path | None = None,
+    seed: int | None = None,
+    starter: str = "starter",
+    per_kind: int = scenes.PER_KIND,
+    per_kind_unseen: int = scenes.PER_KIND_UNSEEN,
+) -> dict[str, Any]:
+    """Run the demo, or go on with it; the report, which also lies in ``folder/report.json``.
+
+    Args:
+        folder: gets the model, the scores, ``report.json`` and ``report.html``.
+        recipe: with stages named align and instruct; ``recipes/demo.toml`` if None.
+        seed: of the test questions; None draws one that nobody has seen.
+        starter: the model that answers beside the trained one.
+        per_kind: questions of each kind about new scenes, and as many with the pictures shuffled.
+        per_kind_unseen: questions of each kind about unseen pairs.
+
+    Raises:
+        RecipeError: the recipe is not there, lacks a stage, or is not the one ``folder`` was begun with.
+    """
+    value = load_recipe(recipe or find_recipe(), Recipe)
+    skipping = without_align(value)
+    book = Book(folder, value, seed, {"per_kind": per_kind, "per_kind_unseen": per_kind_unseen})
+    tests = scenes.benchmarks(book.seed, per_kind, per_kind_unseen)
+
+    def score_stage(composed: Composed, piece: str) -> None:
+        at = folder / "scores" / piece
+        if piece == "instruct":
+            book.keep(piece, lambda: score_all(composed, tests, at, "this model", gallery=True))
+        else:
+            book.keep(piece, lambda: score_new(composed, tests, at))
+
+    with book.measured():
+        if not book.has("starter"):
+            _load(starter)  # missing files are told now, not after the training
+        train(value, folder, book, {stage: stage for stage in STAGES}, score_stage)
+        train(skipping, folder / WITHOUT, book, {"instruct": "instruct_without_align"}, score_stage)
+        book.keep(
+            "starter",
+            lambda: score_all(_load(starter), tests, folder / "scores" / "starter", "starter model"),
+        )
+    report = write_report(folder, value, book)
+    tell(folder, report, book)
+    return report
+
+
+def find_recipe() -> Path:
+    """``recipes/demo.toml`` of the working directory, or of the checkout this package runs from.
+
+    Raises:
+        RecipeError: it is in neither.
+    """
+    name = Path("recipes") / "demo.toml"
+    for root in (Path(), Path(__file__).resolve().parents[1]):
+        if (root / name).is_file():
+            return root / name
+    raise RecipeError(f"{name}: there is no such file here; run the demo in a checkout, or name a --recipe.")
+
+
+def without_align(recipe: Recipe) -> Recipe:
+    """The same recipe with its first stage left out; what remains sees the same samples in the same order.
+
+    Raises:
+        RecipeError: the stages are not align and instruct.
+    """
+    names = [stage.name for stage in recipe.stages]
+    if tuple(names) != STAGES:
+        raise RecipeError(
+            f"recipe '{recipe.name}': the demo needs the stages {' and '.join(STAGES)}, in this order; "
+            f"found {', '.join(names)}."
+        )
+    kept = recipe.stages[1].model_copy(update={"seed": recipe.stage_seed(1)})
+    return recipe.model_copy(update={"name": f"{recipe.name}-{WITHOUT}", "stages": (kept,)})
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    book: Book,
+    pieces: Mapping[str, str],
+    score: Callable[[Composed, str], None],
+) -> None:
+    """Train what is missing and score each stage when it ends; nothing is done twice.
+
+    Args:
+        recipe: what to run.
+        folder: its run folder.
+        book: knows which pieces are done.
+        pieces: stage name -> name of its score in the book.
+        score: scores one stage's model into the book.
+    """
+    if all(book.has(piece) for piece in pieces.values()):
+        return
+    from tinymodal.train.loop import run as run_recipe
+
+    scoring_s = 0.0
+
+    def at_end(stage: Stage, composed: Composed) -> None:
+        nonlocal scoring_s
+        started = time.monotonic()
+        if stage.name in pieces and not book.has(pieces[stage.name]):
+            score(composed, pieces[stage.name])
+        scoring_s += time.monotonic() - started
+
+    started = time.monotonic()
+    try:
+        run_recipe(recipe, folder, on_stage_end=at_end)
+    finally:
+        book.note_training(recipe.name, time.monotonic() - started - scoring_s)
+    # A score that somebody removed from a finished run: the stage does not end again, but its model is there.
+    for stage, piece in pieces.items():
+        if not book.has(piece):
+            score(_load(str(stage_model(folder, stage))), piece)
+
+
+def stage_model(folder: Path, stage: str) -> Path:
+    """Where a run keeps the model that a stage ended with."""
+    own = folder / "stages" / stage
+    return own if own.is_dir() else folder / "model"
+
+
+def score_new(composed: Composed, tests: Mapping[str, Benchmark], folder: Path) -> dict[str, Any]:
+    """Accuracy on new scenes only: ``{kinds, mean_new}``."""
+    from tinymodal.infer.engine import Engine
+
+    numbers = run(
+        tests["new"], Engine(composed), folder, title=f"score {folder.name.replace('_', ' ')}"
+    ).numbers
+    return {"mean_new": numbers.pop("mean"), "kinds": numbers}
+
+
+def score_all(
+    composed: Composed, tests: Mapping[str, Benchmark], folder: Path, title: str, gallery: bool = False
+) -> dict[str, Any]:
+    """All three tests: ``{kinds, mean}`` of the report, and the gallery if asked for."""
+    from tinymodal.infer.engine import Engine
+
+    engine = Engine(composed)
+    names = {"new": "new scenes", "unseen_pairs": "unseen pairs", "shuffled": "shuffled pictures"}
+    results = {
+        key: run(test, engine, folder, title=f"score {title}: {names[key]}") for key, test in tests.items()
+    }
+    asked = [row.question for row in results["new"].answered]
+    numbers = {key: result.numbers for key, result in results.items()}
+    scores = scenes.by_kind(numbers["new"], numbers["unseen_pairs"], numbers["shuffled"], asked)
+    if gallery:
+        scores["gallery"] = [*_cards(results["new"]), *_cards(results["unseen_pairs"], "unseen pair")]
+    return scores
+
+
+def write_report(folder: Path, recipe: Recipe, book: Book) -> dict[str, Any]:
+    """``report.json`` and ``report.html`` from what the book holds."""
+    from tinymodal.train.machine import record
+
+    trained, starter, made_on = book.read("instruct"), book.read("starter"), record()
+    report = {
+        "name": recipe.name,
+        "kinds": trained["kinds"],
+        "mean": trained["mean"],
+        "stages": {
+            "align": book.read("align"),
+            "instruct": {
+                "mean_new": trained["mean"]["new"],
+                "kinds": {kind: row["new"] for kind, row in trained["kinds"].items()},
+            },
+            "instruct_without_align": book.read("instruct_without_align"),
+        },
+        "starter": {"kinds": starter["kinds"], "mean": starter["mean"]},
+        **book.spent(),
+        "training_seconds": book.training(),
+        "test_seed": book.seed,
+        **{key: made_on[key] for key in ("machine", "versions", "commit")},
+    }
+    write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    lines = []
+    for name, at in (("with align", folder), ("without align", folder / WITHOUT)):
+        lines += curves(_rows(at / "metrics.jsonl"), name)
+    cards = [
+        pages.Card(**{**card, "pictures": tuple(map(base64.b64decode, card["pictures"]))})
+        for card in trained["gallery"]
+    ]
+    write_sample(folder, trained["gallery"])
+    write_atomically(folder / "report.html", pages.page(report, lines, cards, chat_command(folder)))
+    return report
+
+
+def write_sample(folder: Path, gallery: Sequence[Mapping[str, Any]]) -> None:
+    """A picture to talk about: the first of the gallery that stands alone."""
+    card = next(card for card in gallery if len(card["pictures"]) == 1)
+    (folder / "sample.png").write_bytes(base64.b64decode(card["pictures"][0]))
+
+
+def chat_command(folder: Path) -> str:
+    return f"tinymodal chat {folder / 'model'} --image {folder / 'sample.png'}"
+
+
+def tell(folder: Path, report: Mapping[str, Any], book: Book) -> None:
+    """The report for the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print()
+    console.print(pages.terminal_table(report, "This model (accuracy in %)"))
+    console.print(
+        pages.terminal_table(report["starter"], "The starter model, trained longer, on the same questions")
+    )
+    stages = Table(
+        title="New scenes, mean of the kinds", title_justify="left", title_style="bold", show_header=False
+    )
+    for key, (name, note) in pages.STAGES.items():
+        stages.add_row(name, f"{100 * report['stages'][key]['mean_new']:.1f} %", f"[dim]{note}[/]")
+    console.print(stages)
+    few = Table(title="Some questions, the first of each kind", title_justify="left", title_style="bold")
+    for column in ("question", "answer", "truth", ""):
+        few.add_column(column)
+    for card in book.read("instruct")["gallery"]:
+        mark = "[green]right[/]" if card["right"] else "[red]wrong[/]"
+        few.add_row(*(escape(card[key]) for key in ("question", "reply", "answer")), mark)
+    console.print(few)
+    minutes = report["seconds"] / 60
+    print(f"\n{minutes:.1f} minutes, {report['peak_memory_mb']:,.0f} MB at most.")
+    print(f"With pictures and curves: {folder / 'report.html'}")
+    print(f"Talk to it:\n\n  {chat_command(folder)}\n")
+
+
+class Book:
+    """What a demo folder knows: its seed, the pieces that are done, and what they cost.
+
+    Args:
+        folder: the demo's run folder; ``demo.json`` and ``scores/`` in it are the book's.
+        recipe: what is run; must be the one the folder was begun with.
+        seed: of the test questions, for a new folder; None draws one.
+        sizes: numbers of questions; must be those the folder was begun with.
+
+    Raises:
+        RecipeError: the folder holds a demo of another recipe, seed or size.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, seed: int | None, sizes: Mapping[str, int]) -> None:
+        self.folder, self._path = folder, folder / "demo.json"
+        self._workers = max(stage.workers for stage in recipe.stages)
+        new: dict[str, Any] = {
+            "recipe": recipe.model_dump(mode="json", exclude_none=True),
+            "seed": secrets.randbelow(2**31) if seed is None else seed,
+            "sizes": dict(sizes),
+            "seconds": 0.0,
+            "cpu_seconds": 0.0,
+            "peak_memory_mb": 0.0,
+            "training_seconds": {},
+        }
+        if self._path.exists():
+            self._data: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+            changed = differences(recipe, Recipe.model_validate(self._data["recipe"]))
+            if self._data["sizes"] != new["sizes"]:
+                changed.append(f"questions: {new['sizes']} and {self._data['sizes']}")
+            if seed is not None and self._data["seed"] != seed:
+                changed.append(f"seed: {seed} and {self._data['seed']}")
+            if changed:
+                raise RecipeError(
+                    f"{folder}: holds a demo begun otherwise ({changed[0]}); remove the folder, "
+                    f"or give another with --out."
+                )
+            say(f"{folder}: going on with what is there")
+        else:
+            self._data = new
+            self._save()
+        self.seed: int = self._data["seed"]
+
+    def has(self, piece: str) -> bool:
+        return self._piece(piece).exists()
+
+    def read(self, piece: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._piece(piece).read_text(encoding="utf-8"))
+        return found
+
+    def keep(self, piece: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Make a piece and write it down, unless it is there."""
+        if not self.has(piece):
+            write_atomically(self._piece(piece), json.dumps(make(), ensure_ascii=False) + "\n")
+            self._account()
+
+    def note_training(self, name: str, seconds: float) -> None:
+        """Add to the seconds that a recipe's training took, scoring left out."""
+        before = self._data["training_seconds"].get(name, 0.0)
+        self._data["training_seconds"][name] = round(before + seconds, 1)
+        self._account()
+
+    def training(self) -> dict[str, float]:
+        return dict(self._data["training_seconds"])
+
+    def spent(self) -> dict[str, float]:
+        """Seconds, CPU seconds (children too) and peak memory over all the times the command ran."""
+        return {key: round(self._data[key], 1) for key in ("seconds", "cpu_seconds", "peak_memory_mb")}
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """What happens inside goes to the account, also if it is interrupted.
+
+        A kill -9 loses what came after the last piece.
+        """
+        self._wall, self._cpu = time.monotonic(), cpu_seconds()
+        try:
+            yield
+        finally:
+            self._account()
+
+    def _account(self) -> None:
+        wall, cpu = time.monotonic(), cpu_seconds()
+        self._data["seconds"] += wall - self._wall
+        self._data["cpu_seconds"] += cpu - self._cpu
+        self._data["peak_memory_mb"] = max(self._data["peak_memory_mb"], peak_memory_mb(self._workers))
+        self._wall, self._cpu = wall, cpu
+        self._save()
+
+    def _piece(self, piece: str) -> Path:
+        return self.folder / "scores" / f"{piece}.json"
+
+    def _save(self) -> None:
+        write_atomically(self._path, json.dumps(self._data, indent=1) + "\n")
+
+
+# What it was measured on
+
+
+def cpu_seconds() -> float:
+    """Seconds of CPU that this process and its finished children have used."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def peak_memory_mb(workers: int) -> float:
+    """Largest resident memory of this process, and of its worker processes where it has some.
+
+    With workers an upper bound: each is counted as the largest child, pages shared with the parent included.
+    Without workers children do not count: Linux books a parent's pages to any child that it starts.
+    """
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    own, child = (
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return (own + workers * child) / unit
+
+
+def _load(name: str) -> Composed:
+    from tinymodal.compose.build import load
+
+    return load(name)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics file; the half line of a kill is passed over."""
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _cards(result: Result, note: str = "") -> list[dict[str, Any]]:
+    """The first question of each kind, as :class:`tinymodal.eval.report.Card` with pictures in base64."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in result.answered:
+        kind = row.question.meta["kind"]
+        if kind in first:
+            continue
+        pictures = [base64.b64encode(_png(image.source)).decode() for image in row.question.sample.media()]
+        asked = " ".join(
+            part.text for part in row.question.sample.messages[-1].parts if isinstance(part, Text)
+        )
+        first[kind] = {
+            "pictures": pictures,
+            "question": asked,
+            "reply": row.reply,
+            "answer": row.question.answer,
+            "kind": kind,
+            "right": row.score.value == 1,
+            "note": note,
+        }
+    return list(first.values())
+
+
+def _png(picture: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, format="PNG", optimize=True)
+    return out.getvalue()

@@ -1,0 +1,51 @@
+"""Your own questions, by exact match: a .json, .jsonl or .parquet file of rows.
+
+A row is ``{"image", "question", "answer"}``. ``image`` is a path beside the file, a list of them, or null.
+Rows with a ``kind`` are also told apart by it. Where exact match is not the right score, write a
+``my_bench.py`` with a ``BENCHMARK`` of your own instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tinymodal.core.types import Text
+from tinymodal.eval.answers import exact
+from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category, mean
+
+MAX_NEW_TOKENS = 64
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+def from_file(path: Path) -> Benchmark:
+    """The benchmark over one file, named after it.
+
+    Raises:
+        DataError: the file cannot be read; a row that cannot is named when it is loaded.
+    """
+    return Benchmark(
+        name=path.stem,
+        load=lambda: _questions(path),
+        score=exact,
+        reduce=_reduce,
+        max_new_tokens=MAX_NEW_TOKENS,
+        source=f"{path}; exact match of the normalised answer",
+    )
+
+
+def _questions(path: Path) -> Iterator[Question]:
+    from tinymodal.data.sources import open_source
+
+    rows = open_source(path, "vqa")
+    for i in range(len(rows)):
+        sample = rows.sample(i)
+        *asked, told = sample.messages
+        answer = "".join(part.text for part in told.parts if isinstance(part, Text))
+        kind = rows.row(i).get("kind")
+        yield Question(replace(sample, messages=tuple(asked)), answer, {"kind": str(kind)} if kind else {})
+
+
+def _reduce(scores: Sequence[Score]) -> dict[str, float]:
+    return by_category("kind")(scores) if any(score.meta for score in scores) else mean(scores)
