@@ -1,0 +1,191 @@
+"""Write what the source says of itself into the pages: every key of a recipe, every file of the house.
+
+    python docs/fill_pages.py            write docs/recipes.md and docs/house.md
+    python docs/fill_pages.py --check    exit code 1 if they say something else
+
+A key's sentence is the string below it in ``train/recipe.py`` or ``compose/spec.py``; a file's is the first
+line of its docstring. Nothing is told twice, so nothing can drift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
+from tinymodal.train.recipe import Recipe, Source, Stage
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES: dict[type[BaseModel], str] = {
+    Recipe: "top of the file",
+    ModelSpec: "`[model]`",
+    LanguageSpec: "`[model.language]`",
+    VisionSpec: "`[model.vision]`",
+    Stage: "each `[[stages]]`",
+    Source: "each member of a stage's `data`",
+}
+# Keys whose sentence would only repeat their name in the source.
+SAYS = {
+    (Recipe, "model"): "What is trained: `[model]`, below.",
+    (Recipe, "stages"): "What is done, one `[[stages]]` after the other, below.",
+    (ModelSpec, "language"): "The language model: `[model.language]`, below.",
+    (Stage, "data"): "Where samples come from; several sources are mixed by `weight`, below.",
+    (Stage, "betas"): "AdamW's, of the mean and of the mean square of the gradient.",
+}
+KINDS = {
+    "str": "text",
+    "Number": "whole number",
+    "Count": "whole number > 0",
+    "Natural": "whole number ≥ 0",
+    "Rate": "number ≥ 0",
+    "Fraction": "0 to 1",
+    "Flag": "true, false",
+    "ModelSpec": "table",
+    "LanguageSpec": "table",
+    "VisionSpec": "table",
+    "dict[str, Any]": "table",
+    "dict[str, Rate]": "table",
+    "dict[str, int | float | str]": "table",
+    "dict[Literal['vision', 'language'], str]": "table: `vision`, `language`",
+    "tuple[Stage, ...]": "list of tables",
+    "tuple[Source, ...]": "list of tables",
+    "tuple[Loss, ...]": "list of `text`, `cells`",
+    "tuple[Count, ...]": "list of whole numbers",
+    "tuple[Fraction, Fraction]": "two numbers",
+    "Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]": "number > 0",
+}
+ROOMS = {
+    "core": "floor 1: words everyone speaks",
+    "model": "floor 1: the artifact; flat, and its own remote code",
+    "chat": "floor 2: conversation -> tokens",
+    "compose": "floor 3: parts -> model",
+    "data": "floor 3: files -> batches",
+    "infer": "floor 4: sample -> reply",
+    "train": "floor 4: batches -> weights",
+    "eval": "floor 5: model -> numbers",
+    "eval/tasks": "",
+    "": "floors 6 and 7: the verbs",
+}
+
+
+def keys() -> str:
+    """A table of keys for each part of a recipe."""
+    blocks = []
+    for model, place in TABLES.items():
+        rows = [f"### {model.__name__}: {place}", "", "| key | value | default | |", "|---|---|---|---|"]
+        for name, (annotation, sentence) in _fields(model).items():
+            sentence = SAYS.get((model, name), sentence)
+            if not sentence:
+                raise SystemExit(f"{model.__name__}.{name} has no sentence below it; write one there")
+            cells = (f"`{name}`", _kind(annotation), _default(model, name), sentence)
+            rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks)
+
+
+def tree() -> str:
+    """Every file of the package with its first line."""
+    package = ROOT / "tinymodal"
+    found = {str(p.relative_to(package).parent).removeprefix(".") for p in package.rglob("*.py")}
+    if unknown := sorted(found - set(ROOMS)):
+        raise SystemExit(f"docs/fill_pages.py: no floor is known for {', '.join(unknown)}; add it to ROOMS")
+    lines = ["```text"]
+    for room, title in ROOMS.items():
+        files = sorted((package / room).glob("*.py"))
+        told = [(path.name, _first_line(path)) for path in files]
+        lines.append(f"tinymodal/{room + '/' if room else '':<24}  {title}".rstrip())
+        lines += [f"  {name:<32}  {says}" for name, says in told if says]
+        lines.append("")
+    return "\n".join([*lines[:-1], "```"])
+
+
+def filled(page: str, name: str, block: str) -> str:
+    """``page`` with ``block`` between ``<!-- NAME -->`` and ``<!-- end of NAME -->``."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    head, _, rest = page.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise SystemExit(f"expected '{begin}' and then '{end}' in the page")
+    return f"{head}{begin}\n\n{block}\n\n{end}{tail}"
+
+
+def pages() -> dict[Path, str]:
+    """What each page should hold."""
+    recipes, house = ROOT / "docs" / "recipes.md", ROOT / "docs" / "house.md"
+    return {
+        recipes: filled(recipes.read_text(encoding="utf-8"), "keys", keys()),
+        house: filled(house.read_text(encoding="utf-8"), "tree", tree()),
+    }
+
+
+def _fields(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
+    """Key -> annotation as it is written, and the string below it."""
+    body = ast.parse(inspect.getsource(model)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node, below in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            says = ""
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                # In TOML there is no None: a key is left out.
+                says = (
+                    " ".join(str(below.value.value).split()).replace("``", "`").replace("None:", "left out:")
+                )
+            found[node.target.id] = ast.unparse(node.annotation), says
+    assert found.keys() == model.model_fields.keys()
+    return found
+
+
+def _kind(annotation: str) -> str:
+    plain = annotation.removesuffix(" | None")
+    if choices := re.fullmatch(r"Literal\[(.*)\]", plain):
+        return ", ".join(f"`{word.strip(chr(39))}`" for word in choices[1].split(", "))
+    if plain not in KINDS:
+        raise SystemExit(f"docs/fill_pages.py: no words for a value of type {plain}; add them to KINDS")
+    return KINDS[plain]
+
+
+def _default(model: type[BaseModel], name: str) -> str:
+    field = model.model_fields[name]
+    if field.is_required():
+        return "required"
+    value: Any = field.default
+    if value is None or value in ({}, ()):
+        return "–"
+    return f"`{json.dumps(value)}`"
+
+
+def _first_line(path: Path) -> str:
+    says = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.sub(r":class:|`", "", says.split("\n\n")[0].replace("\n", " "))
+
+
+def main() -> int:
+    words = argparse.ArgumentParser(description="Write docs/recipes.md and docs/house.md from the source.")
+    words.add_argument("--check", action="store_true", help="only tell whether they say it already")
+    check = words.parse_args().check
+    stale = []
+    for path, text in pages().items():
+        if path.read_text(encoding="utf-8") != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    if check and stale:
+        print(
+            f"error: {', '.join(stale)} is not what the source says; run python docs/fill_pages.py",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
