@@ -23,9 +23,18 @@ AUTO_MAP = {
 class TinyModalConfig(PreTrainedConfig):
     """A language model, a tower if it sees, and the connector between them.
 
+    Args:
+        text_config: the language model's own config, or its values with ``model_type``.
+        vision_config: the tower's own config, with all its blocks also behind the feature layer; or None: no
+            pictures.
+        connectors: ``{"image": {"name": "mlp", "options": {"depth": 2}}}``; kept with every option spelt out.
+        feature_layer: which hidden state of the tower is used, counted as in LLaVA.
+        image_token_id: token that holds the place of one image embedding.
+        chat_template: name of the template it was trained with; ``tokenizer`` for the tokenizer's own.
+        **kwargs: what every transformers config takes; ``tie_word_embeddings`` is as the language model's.
+
     Raises:
-        ValueError: for a part nobody knows, a connector without a tower, or an option a connector does not
-            have.
+        ValueError: a part nobody knows, a connector without a tower, or an option a connector does not have.
     """
 
     model_type = "tinymodal"
@@ -33,28 +42,24 @@ class TinyModalConfig(PreTrainedConfig):
     # Attention choice and data type travel to these.
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
 
-    text_config: Any = None
-    """The language model's own config, or its values with ``model_type``."""
-    vision_config: Any = None
-    """The tower's own config (all its blocks, also those behind the feature layer), or None: no pictures."""
-    connectors: Any = None
-    """``{"image": {"name": "mlp", "options": {"depth": 2}}}``; stored with every option spelled out."""
-    feature_layer: int = -2
-    """Which hidden state of the tower is used, counted as in LLaVA."""
-    image_token_id: int | None = None
-    """Token that holds the place of one image embedding."""
-    chat_template: str = "chatml"
-    """Name of the template the model was trained with; ``tokenizer`` for the tokenizer's own."""
-    tie_word_embeddings: bool = False
-    """As the language model has it; given values are not looked at."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.text_config = language_config(self.text_config)
-        if self.vision_config is not None:
-            self.vision_config = tower_config(self.vision_config)
-        self.connectors = settled_connectors(self.connectors, sees=self.vision_config is not None)
-        super().__post_init__(**kwargs)
-        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        connectors: dict[str, Any] | None = None,
+        feature_layer: int = -2,
+        image_token_id: int | None = None,
+        chat_template: str = "chatml",
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = language_config(text_config)
+        self.vision_config: Any = None if vision_config is None else tower_config(vision_config)
+        self.connectors = settled_connectors(connectors, sees=vision_config is not None)
+        self.feature_layer = feature_layer
+        self.image_token_id: Any = image_token_id
+        self.chat_template = chat_template
+        kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
 
 
 def language_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:

@@ -29,7 +29,7 @@ class Connector(nn.Module, ABC):
     """Features of one tower -> embeddings in the language model's space."""
 
     defaults: ClassVar[dict[str, int | float | str]] = {}
-    """Every option with the value it has when it is not given."""
+    """Every option and its value when not given: the keywords of ``shrink`` and of the class."""
 
     @classmethod
     def settle(cls, options: dict[str, int | float | str]) -> dict[str, int | float | str]:
@@ -80,7 +80,7 @@ class Identity(Connector):
             )
 
     @staticmethod
-    def shrink(grid: tuple[int, ...]) -> tuple[int, ...]:
+    def shrink(grid: tuple[int, ...]) -> tuple[int, ...]:  # type: ignore[override]
         return grid
 
     def forward(self, features: Features) -> Tensor:
@@ -95,7 +95,7 @@ class Linear(Connector):
         self.proj = nn.Linear(in_width, out_width)
 
     @staticmethod
-    def shrink(grid: tuple[int, ...]) -> tuple[int, ...]:
+    def shrink(grid: tuple[int, ...]) -> tuple[int, ...]:  # type: ignore[override]
         return grid
 
     def forward(self, features: Features) -> Tensor:
@@ -112,7 +112,9 @@ class MLP(Connector):
         self.proj = stack(in_width, out_width, depth, activation)
 
     @staticmethod
-    def shrink(grid: tuple[int, ...], depth: int = 2, activation: str = "gelu") -> tuple[int, ...]:
+    def shrink(  # type: ignore[override]
+        grid: tuple[int, ...], depth: int = 2, activation: str = "gelu"
+    ) -> tuple[int, ...]:
         return grid
 
     def forward(self, features: Features) -> Tensor:
@@ -134,7 +136,7 @@ class PixelShuffle(Connector):
         self.proj = stack(in_width * ratio**2, out_width, depth, activation)
 
     @staticmethod
-    def shrink(
+    def shrink(  # type: ignore[override]
         grid: tuple[int, ...], ratio: int = 2, depth: int = 2, activation: str = "gelu"
     ) -> tuple[int, ...]:
         return fold(grid, ratio)

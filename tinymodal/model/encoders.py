@@ -60,7 +60,7 @@ class HFEncoder(MediaEncoder):
         """Switch off in ``config`` what comes after the last block."""
 
     @classmethod
-    def strip(cls, backbone: nn.Module) -> None:
+    def strip(cls, backbone: Any) -> None:
         """Remove from ``backbone`` what comes after the last block and cannot be switched off."""
         getattr(backbone, "vision_model", backbone).post_layernorm = nn.Identity()
 
@@ -139,7 +139,7 @@ class DINOv2(HFEncoder):
     std = (0.229, 0.224, 0.225)
 
     @classmethod
-    def strip(cls, backbone: nn.Module) -> None:
+    def strip(cls, backbone: Any) -> None:
         backbone.layernorm = nn.Identity()
         backbone.embeddings.mask_token = None
 
@@ -204,20 +204,22 @@ def tower_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConf
     Raises:
         ValueError: if there is no adapter for it.
     """
-    if not isinstance(config, PreTrainedConfig):
+    if isinstance(config, PreTrainedConfig):
+        found = config
+    else:
         values = dict(config)
         model_type = values.pop("model_type", None)
         if model_type in OWN_CONFIGS:
-            config = OWN_CONFIGS[model_type](**values)
+            found = OWN_CONFIGS[model_type](**values)
         elif model_type in CONFIG_MAPPING:
-            config = CONFIG_MAPPING[model_type](**values)
+            found = CONFIG_MAPPING[model_type](**values)
         else:
             find_encoder(str(model_type))
             raise ValueError(f"transformers knows no config for model_type {model_type!r}")
-    if config.model_type in WHOLE_MODELS:
-        config = config.vision_config
-    encoder_of(config)
-    return config
+    if found.model_type in WHOLE_MODELS:
+        found = found.vision_config
+    encoder_of(found)
+    return found
 
 
 WHOLE_MODELS = ("clip", "siglip", "siglip2")

@@ -116,9 +116,11 @@ def load_image(source: str | Path | bytes | PIL.Image.Image, max_pixels: int = M
         _check_size(source, max_pixels, "picture")
         try:
             return _to_rgb(source)
-        except (OSError, ValueError, SyntaxError) as fault:
-            raise ValueError(f"picture: cannot be read as RGB ({fault})") from fault
+        except Exception as fault:
+            # It may still be a file, opened and not yet decoded.
+            raise ValueError(f"picture: broken or cut short ({fault})") from fault
 
+    opened: Path | io.BytesIO
     if isinstance(source, bytes):
         name, opened = f"picture of {len(source):,} bytes", io.BytesIO(source)
         size_bytes = len(source)
@@ -259,8 +261,8 @@ def _pad_to_aspect(x_HWC: Tensor, how: Preparation) -> Tensor:
     """Centre the picture on the mean colour, in the target's aspect ratio."""
     longest = max(x_HWC.shape[:2])
     if longest > LONGEST_PAD_PX:
-        shorter = tuple(max(1, round(edge * LONGEST_PAD_PX / longest)) for edge in x_HWC.shape[:2])
-        x_HWC = _resize(x_HWC, shorter, how.resample)
+        height, width = (max(1, round(edge * LONGEST_PAD_PX / longest)) for edge in x_HWC.shape[:2])
+        x_HWC = _resize(x_HWC, (height, width), how.resample)
     height, width = x_HWC.shape[:2]
     # The smallest frame of the target's shape that holds the picture; for a square target max(height, width)
     # squared.

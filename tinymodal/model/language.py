@@ -87,7 +87,7 @@ class LanguageHead:
 
     def _probe(self) -> bool:
         """Whether the family's logits are the matrix' product and nothing else, found on eight made rows."""
-        # On the CPU and in float32 also where a model is being loaded, which builds on no device and in its own type.
+        # On the CPU in float32 also where a model is being loaded: on no device, in a type of its own.
         matrix = nn.Linear(self.in_width, 8, self.has_bias, device="meta", dtype=torch.float32)
         matrix = matrix.to_empty(device="cpu")
         with torch.no_grad():
@@ -114,7 +114,8 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise ValueError(f"transformers has no causal language model for model_type {config.model_type!r}")
-    return mapping[type(config)]
+    family: Any = mapping[type(config)]
+    return family
 
 
 def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:

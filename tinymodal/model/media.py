@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from .geometry import num_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from .image import Preparation
+
+
+TowerConfig = Any
+"""A transformers config; each tower's own class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +49,14 @@ class MediaEncoder(nn.Module, ABC):
     kind: ClassVar[str] = "image"
     """Which medium it reads."""
 
-    config: PreTrainedConfig
+    config: TowerConfig
     """What the tower was built from, cut to the blocks it runs."""
     width: int
     """E, the size of one feature."""
 
     @classmethod
     @abstractmethod
-    def build(
-        cls, config: PreTrainedConfig, feature_layer: int = -2, attn: str | None = None
-    ) -> MediaEncoder:
+    def build(cls, config: TowerConfig, feature_layer: int = -2, attn: str | None = None) -> MediaEncoder:
         """A tower with random weights that ends at ``feature_layer``.
 
         Args:
@@ -71,7 +71,7 @@ class MediaEncoder(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def grid(cls, config: PreTrainedConfig, size_px: tuple[int, int]) -> tuple[int, ...]:
+    def grid(cls, config: TowerConfig, size_px: tuple[int, int]) -> tuple[int, ...]:
         """Feature grid (h, w) for a picture of (H, W) pixels. Pure integers: needs no weights.
 
         Raises:
@@ -80,7 +80,7 @@ class MediaEncoder(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def preparation_of(cls, config: PreTrainedConfig) -> Preparation:
+    def preparation_of(cls, config: TowerConfig) -> Preparation:
         """How this family's pictures were prepared in pretraining: size, mean, std."""
 
     @property

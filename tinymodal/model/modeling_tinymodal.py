@@ -22,6 +22,7 @@ from .connectors import find_connector
 from .encoders import encoder_of
 from .geometry import num_tokens
 from .language import LanguageHead, build_decoder
+from .media import MediaEncoder
 
 
 class MediaInput(NamedTuple):
@@ -42,9 +43,9 @@ class TinyModalPreTrainedModel(PreTrainedModel):
     config: TinyModalConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own class attribute, as the next
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -58,8 +59,23 @@ class TinyModalPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+    def set_attn_implementation(  # type: ignore[override]
+        self, attn_implementation: str | dict[str, str], **kwargs: Any
+    ) -> None:
+        """Change the attention of all parts, or of ``text_config`` and ``vision_config`` by name."""
+        by_name = attn_implementation if isinstance(attn_implementation, dict) else None
+        chosen = by_name.get("vision_config") if by_name is not None else attn_implementation
+        if self.config.vision_config is not None and chosen is not None:
+            # The tower runs on a copy of this, cut to its feature layer; transformers looks for the original.
+            self.config.vision_config._attn_implementation_internal = chosen
+        super().set_attn_implementation(attn_implementation, **kwargs)
+        if by_name is not None and chosen is not None:
+            for part in self.modules():
+                if isinstance(part, MediaEncoder) and isinstance(part.module, PreTrainedModel):
+                    part.module.set_attn_implementation(chosen, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write weights, config and the code that reads them; see ``PreTrainedModel.save_pretrained``."""
@@ -71,7 +87,7 @@ class TinyModalPreTrainedModel(PreTrainedModel):
 class TinyModalModel(TinyModalPreTrainedModel):
     """Towers, connectors and the decoder of a language model; ends at the last hidden state."""
 
-    _auto_class = "AutoModel"
+    _auto_class: Any = "AutoModel"
 
     def __init__(self, config: TinyModalConfig) -> None:
         super().__init__(config)
@@ -124,10 +140,10 @@ class TinyModalModel(TinyModalPreTrainedModel):
         m_KD = m_ISD.flatten(0, 1).index_select(0, take).to(x_BTD.dtype)
         return x_BTD.flatten(0, 1).index_copy(0, put, m_KD).view_as(x_BTD)
 
-    def tokens_of(self, kind: str, size: tuple[int, ...]) -> int:
-        """Tokens one prepared item of that size takes, e.g. (H, W) px. Pure integers."""
-        tower, chosen = type(self.towers[kind]), self.config.connectors[kind]
-        grid = tower.grid(self.config.vision_config, size)
+    def tokens_of(self, kind: str, size: tuple[int, int]) -> int:
+        """Tokens one prepared item of (H, W) px takes. Pure integers."""
+        chosen, vision = self.config.connectors[kind], self.config.vision_config
+        grid = encoder_of(vision).grid(vision, size)
         return num_tokens(find_connector(chosen["name"]).shrink(grid, **chosen["options"]))
 
     def media_input(
@@ -144,8 +160,8 @@ class TinyModalModel(TinyModalPreTrainedModel):
             raise ValueError(f"give {kind}_take and {kind}_put together or neither")
         if kind not in self.towers:
             raise ValueError(f"{kind} given, but this model has no {kind} tower")
-        put = (input_ids_BT.flatten() == self.config.image_token_id).nonzero().squeeze(1)
-        each = self.tokens_of(kind, tuple(values.shape[2:]))
+        put = input_ids_BT.flatten().eq(self.config.image_token_id).nonzero().squeeze(1)
+        each = self.tokens_of(kind, (values.shape[2], values.shape[3]))
         if len(put) != len(values) * each:
             raise ValueError(
                 f"{len(put)} placeholders (token {self.config.image_token_id}) but {len(values)} {kind}s of "
@@ -155,8 +171,8 @@ class TinyModalModel(TinyModalPreTrainedModel):
 
     def require_no_placeholder(self, input_ids_BT: Tensor) -> None:
         """Raise ValueError if a place for a picture would be filled with a meaningless word."""
-        if self.towers and bool((input_ids_BT == self.config.image_token_id).any()):
-            places = int((input_ids_BT == self.config.image_token_id).sum())
+        places = int(input_ids_BT.eq(self.config.image_token_id).sum()) if self.towers else 0
+        if places:
             raise ValueError(
                 f"{places} placeholders (token {self.config.image_token_id}) but no pixel_values"
             )
@@ -194,7 +210,7 @@ class TinyModalModel(TinyModalPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
-        if inputs_embeds is None:
+        if input_ids is not None:
             media = {}
             if pixel_values is not None:
                 media["image"] = self.media_input("image", pixel_values, image_take, image_put, input_ids)
@@ -222,7 +238,7 @@ class TinyModalModel(TinyModalPreTrainedModel):
 class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixin):
     """The model with the head of its language model: logits, loss and ``generate``."""
 
-    _auto_class = "AutoModelForImageTextToText"
+    _auto_class: Any = "AutoModelForImageTextToText"
 
     def __init__(self, config: TinyModalConfig) -> None:
         super().__init__(config)
@@ -296,7 +312,7 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As :meth:`TinyModalModel.forward`, and then the head.
 
         Args:
@@ -344,17 +360,17 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
             attentions=out.attentions,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """One step's inputs: pictures only while their placeholders are among the tokens."""
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
@@ -371,9 +387,9 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: Any = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Repeat each row for beams and samples; the pictures of a row stay together.
 
         transformers repeats every tensor along its first dimension, which for a row of pictures a, b gives a,
@@ -382,11 +398,11 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
             del model_kwargs["pixel_values"]
-            each = self.model.tokens_of("image", tuple(pixel_values.shape[2:]))
-            per_row = (input_ids == self.config.image_token_id).sum(1) // each
+            each = self.model.tokens_of("image", (pixel_values.shape[2], pixel_values.shape[3]))
+            per_row = input_ids.eq(self.config.image_token_id).sum(1) // each
             rows = pixel_values.split(per_row.tolist())
             pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
@@ -424,10 +440,10 @@ def _keep_initial_weights(module: nn.Module) -> None:
     if any(p.is_meta for p in module.parameters()):
         return  # built to be filled from a file
     for part in module.modules():
-        part._is_hf_initialized = True
+        part._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _name_of_embedding(model: nn.Module) -> str:
+def _name_of_embedding(model: PreTrainedModel) -> str:
     """Name of the token embedding's weight inside ``model``: families call it differently."""
     weight = model.get_input_embeddings().weight
     return next(name for name, p in model.named_parameters() if p is weight)

@@ -59,7 +59,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers' own class attribute
-    _auto_class = "AutoImageProcessor"
+    _auto_class: Any = "AutoImageProcessor"
 
     def __init__(
         self,
@@ -104,9 +104,15 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         prepared = [self.prepare(image) for image in as_list(images)]
         return BatchFeature({"pixel_values": torch.stack([p.values for p in prepared])})
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From what :meth:`to_dict` gave. What loaders pass besides (``trust_remote_code``) is not ours."""
+        made = cls(**image_processor_dict)
+        return (made, kwargs) if kwargs.pop("return_unused_kwargs", False) else made
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, from which ``from_dict`` makes an equal one."""
-        values = {
+        """As plain JSON values, from which :meth:`from_dict` makes an equal one."""
+        values: dict[str, Any] = {
             "image_processor_type": type(self).__name__,
             "preparation": None if self.preparation is None else self.preparation.to_dict(),
             "vision_config": None,
@@ -123,7 +129,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
 class TinyModalProcessor(ProcessorMixin):
     """Tokenizer and image processor: writes as many placeholders as a picture has embeddings."""
 
-    _auto_class = "AutoProcessor"
+    _auto_class: Any = "AutoProcessor"
     image_token = "<image>"
 
     def __init__(
@@ -135,7 +141,7 @@ class TinyModalProcessor(ProcessorMixin):
     ) -> None:
         if image_processor is None or tokenizer is None:
             raise ValueError("a processor needs an image processor and a tokenizer")
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_token_id: Any = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
                 f"the tokenizer has no token {self.image_token!r}; add it as a special token first"
@@ -172,7 +178,9 @@ class TinyModalProcessor(ProcessorMixin):
         return processor
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TinyModalProcessor:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> TinyModalProcessor:
         """Read what ``save_pretrained`` wrote; a local folder or a Hub name."""
         # Not by way of AutoImageProcessor: where our package is installed, its own classes need no trust.
         image_processor = TinyModalImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -224,7 +232,7 @@ class TinyModalProcessor(ProcessorMixin):
         kwargs = {"return_tensors": "pt", "padding": len(texts) > 1, **kwargs}
         words = dict(self.tokenizer(texts, **kwargs))
         if return_mm_token_type_ids:
-            words["mm_token_type_ids"] = (torch.as_tensor(words["input_ids"]) == self.image_token_id).long()
+            words["mm_token_type_ids"] = torch.as_tensor(words["input_ids"]).eq(self.image_token_id).long()
         return BatchFeature({**words, **values})
 
     def _widen(self, text: str, tokens: Any) -> str:

@@ -10,12 +10,13 @@ of three learned vectors. It stands in for a tower while a language model learns
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .geometry import patch_grid
 from .image import Preparation
@@ -36,7 +37,7 @@ class ConvTowerConfig(PreTrainedConfig):
         residual_convs: tuple[int, ...] = (0, 0, 1, 1),
         num_hidden_layers: int = 1,
         num_attention_heads: int = 4,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         self.image_size = image_size
         self.channels = list(channels)
@@ -71,8 +72,8 @@ class _ResidualConv(nn.Module):
         return x_NChw + F.relu(self.first(x_NChw))
 
 
-class _Block(nn.Module):
-    """Pre-norm transformer block."""
+class _Block(GradientCheckpointingLayer):
+    """Pre-norm transformer block; its activations are computed again where checkpointing is on."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -150,7 +151,7 @@ class WrittenTowerConfig(PreTrainedConfig):
         num_codes: int = 64,
         hidden_size: int = 128,
         noise: float = 0.0,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         self.image_size, self.num_codes, self.hidden_size, self.noise = (
             image_size,
