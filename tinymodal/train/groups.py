@@ -79,7 +79,7 @@ def trainable(
 
 def rates_of(train: Mapping[str, float]) -> dict[str, float]:
     """The rate of every group. Embeddings are trained with the language model unless they have their own."""
-    rates = {group: train.get(group, 0.0) for group in GROUPS}
+    rates: dict[str, float] = {group: train.get(group, 0.0) for group in GROUPS}
     rates["embeddings"] = train.get("embeddings", rates["language"])
     return rates
 
@@ -120,7 +120,7 @@ def table(
 def set_modes(model: TinyModalForConditionalGeneration, heads: nn.Module | None = None) -> None:
     """Train mode for the parts that train, eval mode elsewhere."""
     words = {id(p) for p in _embeddings(model)}
-    model.eval()
+    model.train(False)
     for room in _rooms(model):
         # Trained embeddings alone do not switch the dropout of a frozen decoder on.
         if any(p.requires_grad for p in room.parameters() if id(p) not in words):
@@ -155,8 +155,9 @@ def _embeddings(model: TinyModalForConditionalGeneration) -> Iterator[Parameter]
 
 def _matrices(model: nn.Module) -> Iterator[Parameter]:
     """Parameters that weight decay is meant for."""
+    # A tied head is a table of embeddings first.
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parameter in model.parameters():
-        # Learned positions are [1, S, E]: vectors, whatever their number of axes says. A tied head is a table.
+        # Learned positions are [1, S, E]: vectors, whatever their number of axes says.
         if parameter.ndim >= 2 and parameter.shape[0] > 1 and id(parameter) not in tables:
             yield parameter

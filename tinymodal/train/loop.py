@@ -14,7 +14,8 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from tinymodal.core import config
 from tinymodal.core.errors import CheckpointError, DataError, RecipeError
 from tinymodal.core.log import Metrics, Progress, clock, say
 from tinymodal.core.lookup import find, nearest
-from tinymodal.core.types import Batch
 from tinymodal.data.loader import Loader
 from tinymodal.data.sources import Source, open_source
 from tinymodal.data.synthetic import MADE
@@ -79,27 +79,53 @@ def run(
         torch.set_num_threads(recipe.threads)
     device = _device(recipe)
     start = checkpoint.latest(folder)
-    _open_folder(recipe, folder, start)
+    _check_folder(recipe, folder, start)
     if start is None:
         composed = build.build(recipe.model, recipe.seed)
     else:
         composed = build.load(start.model)
         checkpoint.realign(composed.model)
-    check_language(recipe, composed)
-    composed.model.to(device)
+        if progress:
+            say(f"going on from {start.path}")
+    first = 0 if start is None else start.progress.stage
+    # Every stage is opened before the first one trains: a file that is missing is told now, not after hours.
+    loaders = check(recipe, composed, first)
+    composed.model.to(device)  # type: ignore[arg-type]
 
-    if start is not None and progress:
-        say(f"going on from {start.path}")
+    _open_folder(recipe, folder, start)
     heads: dict[str, Any] | None = None if start is None else start.state["heads"]
-    for index in range(len(recipe.stages)):
-        if start is not None and index < start.progress.stage:
-            continue
-        begin = start if start is not None and index == start.progress.stage else None
-        heads = _train(recipe, index, folder, composed, begin, heads, after_save, progress)
+    for index in range(first, len(recipe.stages)):
+        begin = start if index == first else None
+        if begin is None or begin.progress.step < recipe.stages[index].steps:
+            work = _begin(recipe, index, composed, begin, heads, loaders[index])
+            _train(recipe, folder, composed, work, after_save, progress)
+            heads = work.heads
         _finish(recipe, index, folder, composed, on_stage_end)
     for part, where in recipe.parts.items():
         build.save_part(composed.model, part, Path(where), composed.encoder.tokenizer)
     return composed
+
+
+def check(recipe: Recipe, composed: Composed, first: int = 0) -> dict[int, Loader]:
+    """Find what is wrong with the stages from ``first`` on before any of them trains; their loaders.
+
+    Raises:
+        RecipeError: the language model cannot be trained so, or a stage names what is not there.
+        DataError: a file is missing or cannot be read.
+    """
+    check_language(recipe, composed)
+    loaders = {}
+    for index in range(first, len(recipe.stages)):
+        stage = recipe.stages[index]
+        with torch.random.fork_rng(devices=[]):
+            heads = Objective(composed.model, stage.loss, stage.cell_classes).heads
+        try:
+            trainable(composed.model, stage.train, stage.weight_decay, heads)
+            loaders[index] = stage_loader(recipe, index, composed)
+        except RecipeError as error:
+            place = f"stages.{stage.name}"
+            raise error if place in str(error) else RecipeError(f"{place}: {error}") from error
+    return loaders
 
 
 def stage_loader(recipe: Recipe, index: int, composed: Composed) -> Loader:
@@ -123,15 +149,15 @@ def stage_loader(recipe: Recipe, index: int, composed: Composed) -> Loader:
         bad_rows=stage.bad_rows,
         workers=stage.workers,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        image_token_id=composed.model.config.image_token_id,
+        image_token_id=int(composed.processor.image_token_id),  # type: ignore[arg-type]
     )
 
 
 def open_data(spec: SourceSpec, place: str) -> Source:
     """The source that a recipe names; ``place`` is its key, for errors."""
-    if spec.path is not None:
+    if spec.path is not None and spec.format is not None:
         return open_source(spec.path, spec.format, spec.images)
-    make = find(spec.made, MADE, "made source")
+    make = find(str(spec.made), MADE, "made source")
     known = inspect.signature(make).parameters
     for option in spec.options:
         if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
@@ -140,89 +166,120 @@ def open_data(spec: SourceSpec, place: str) -> Source:
                 f"{nearest(option, known) or f'; known: {chr(44).join(known)}'}"
             )
     try:
-        return make(**spec.options)
+        source: Source = make(**spec.options)
+        return source
     except (TypeError, ValueError, DataError) as error:
         raise RecipeError(f"{place}.options: {error}") from error
 
 
-def _train(
+@dataclass
+class _Work:
+    """A stage while it trains."""
+
+    index: int
+    stage: Stage
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    batches: Loader
+    begun: int
+    """Steps that were done when this process took over."""
+    seconds: float
+    tokens: int
+    carried: dict[str, Any] | None
+    """Cell heads of earlier stages, for stages to come; this one's own go before them."""
+
+    @property
+    def heads(self) -> dict[str, Any] | None:
+        own = self.objective.heads
+        return self.carried if own is None else own.state_dict()
+
+
+def _begin(
     recipe: Recipe,
     index: int,
-    folder: Path,
     composed: Composed,
     begin: Checkpoint | None,
     heads: dict[str, Any] | None,
-    after_save: Callable[[Path], None] | None,
-    shown: bool,
-) -> dict[str, Any] | None:
-    """One stage, from its first step or from ``begin``; gives the weights of its cell heads."""
+    batches: Loader,
+) -> _Work:
+    """Stage ``index`` before its first step, or where ``begin`` left it."""
     stage = recipe.stages[index]
-    model = composed.model
-    if begin is not None and begin.progress.step >= stage.steps:
-        return begin.state["heads"]
     torch.manual_seed(recipe.stage_seed(index))
-    set_recompute(model, stage.recompute)
-    objective = Objective(model, stage.loss, stage.cell_classes)
+    set_recompute(composed.model, stage.recompute)
+    objective = Objective(composed.model, stage.loss, stage.cell_classes)
     _load_heads(objective, heads)
-    groups = trainable(model, stage.train, stage.weight_decay, objective.heads)
+    groups = trainable(composed.model, stage.train, stage.weight_decay, objective.heads)
     optimizer = build_optimizer(groups, stage)
-    batches = stage_loader(recipe, index, composed)
     at = checkpoint.Progress(stage=index)
     if begin is not None:
         at = begin.progress
         optimizer.load_state_dict(begin.state["optimizer"])
         batches.load_state_dict(begin.state["loader"])
         checkpoint.set_random_state(begin.state["random"])
+    return _Work(index, stage, objective, optimizer, batches, at.step, at.seconds, at.tokens, heads)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    composed: Composed,
+    work: _Work,
+    after_save: Callable[[Path], None] | None,
+    shown: bool,
+) -> None:
+    """The steps of one stage."""
+    stage, objective, optimizer, batches = work.stage, work.objective, work.optimizer, work.batches
     if shown:
-        _announce(stage, table(model, stage.train, objective.heads), at.step)
-
+        _announce(stage, table(composed.model, stage.train, objective.heads), work.begun)
     metrics = Metrics(folder / "metrics.jsonl")
-    if begin is not None:
-        metrics.rewind(at.metrics_bytes)
-    elif index == 0:
-        metrics.rewind(0)
     before = [row for row in checkpoint.read_lines(folder / "skipped.jsonl") if row["stage"] != stage.name]
-    seconds, tokens = at.seconds, at.tokens
-
-    def save(steps: int) -> None:
-        _write_skipped(folder, stage, batches, before)
-        now = checkpoint.Progress(
-            stage=index, step=steps, seconds=seconds, tokens=tokens, metrics_bytes=metrics.flush()
-        )
-        state = {
-            "optimizer": optimizer.state_dict(),
-            "heads": _heads_of(objective),
-            "loader": batches.state_dict(),
-            "random": checkpoint.random_state(),
-        }
-        path = checkpoint.save(folder, stage.name, now, composed, state)
-        if after_save is not None:
-            after_save(path / "model")
-            checkpoint.set_random_state(state["random"])
-
+    mean: float | None = None
     try:
-        with Progress(stage.name, stage.steps, start=at.step, shown=shown) as bar:
-            mean = None
-            for n in range(at.step, stage.steps):
+        with Progress(stage.name, stage.steps, start=work.begun, shown=shown) as bar:
+            for done in range(work.begun + 1, stage.steps + 1):
                 began = time.perf_counter()
-                rate = factor(stage, n)
-                set_rates(optimizer, rate)
-                report = step(objective, optimizer, list(_take(batches, stage)), stage.clip, recipe.precision)
+                set_rates(optimizer, factor(stage, done - 1))
+                taken = list(itertools.islice(batches, stage.micro_batches))
+                report = step(objective, optimizer, taken, stage.clip, recipe.precision)
                 spent = time.perf_counter() - began
-                seconds, tokens = seconds + spent, tokens + report.num_tokens
-                metrics.log(_line(stage, n + 1, report, optimizer, spent, seconds))
+                work.seconds, work.tokens = work.seconds + spent, work.tokens + report.num_tokens
+                metrics.log(_line(stage, done, report, optimizer, spent, work.seconds))
                 mean = report.loss if mean is None else 0.9 * mean + 0.1 * report.loss
                 bar.advance(note=f"loss {mean:.3f}")
-                if n + 1 == stage.steps or (recipe.save_every and (n + 1) % recipe.save_every == 0):
-                    save(n + 1)
+                if done == stage.steps or (recipe.save_every and done % recipe.save_every == 0):
+                    _write_skipped(folder, stage, batches, before)
+                    _save(folder, composed, work, done, metrics.flush(), after_save)
     finally:
         # Whatever ended the stage: rows that were left out are told, and no worker stays behind.
         _write_skipped(folder, stage, batches, before)
         batches.close()
         metrics.close()
     if shown:
-        _conclude(stage, batches, seconds, tokens, folder)
-    return _heads_of(objective)
+        _conclude(work, folder)
+
+
+def _save(
+    folder: Path,
+    composed: Composed,
+    work: _Work,
+    done: int,
+    metrics_bytes: int,
+    after_save: Callable[[Path], None] | None,
+) -> None:
+    """Write a checkpoint and show its model to the caller."""
+    now = checkpoint.Progress(
+        stage=work.index, step=done, seconds=work.seconds, tokens=work.tokens, metrics_bytes=metrics_bytes
+    )
+    state: dict[str, Any] = {
+        "optimizer": work.optimizer.state_dict(),
+        "heads": work.heads,
+        "loader": work.batches.state_dict(),
+        "random": checkpoint.random_state(),
+    }
+    path = checkpoint.save(folder, work.stage.name, now, composed, state)
+    if after_save is not None:
+        after_save(path / "model")
+        checkpoint.set_random_state(state["random"])
 
 
 def set_recompute(model: PreTrainedModel, wanted: bool) -> None:
@@ -237,11 +294,6 @@ def set_recompute(model: PreTrainedModel, wanted: bool) -> None:
     change(*([{"use_reentrant": False}] if wanted else []))
 
 
-def _take(batches: Loader, stage: Stage) -> Iterator[Batch]:
-    """The micro-batches of one step."""
-    return itertools.islice(batches, stage.micro_batches)
-
-
 def _finish(
     recipe: Recipe,
     index: int,
@@ -251,7 +303,7 @@ def _finish(
 ) -> None:
     """Show the stage's model to the caller, then put it where it stays: a folder that says both were done."""
     stage = recipe.stages[index]
-    composed.model.eval()
+    composed.model.train(False)
     last = index == len(recipe.stages) - 1
     place = folder / "model" if last else folder / "stages" / stage.name
     if place.exists():
@@ -262,7 +314,11 @@ def _finish(
         checkpoint.set_random_state(state)
     newest = checkpoint.latest(folder)
     assert newest is not None
-    checkpoint.write_folder(place, lambda to: shutil.copytree(newest.model, to, dirs_exist_ok=True))
+
+    def copy(to: Path) -> None:
+        shutil.copytree(newest.model, to, dirs_exist_ok=True)
+
+    checkpoint.write_folder(place, copy)
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -291,27 +347,34 @@ def check_language(recipe: Recipe, composed: Composed) -> None:
             )
 
 
-def _open_folder(recipe: Recipe, folder: Path, start: Checkpoint | None) -> None:
-    """Make the run folder, or see that it belongs to this recipe."""
+def _check_folder(recipe: Recipe, folder: Path, start: Checkpoint | None) -> None:
+    """See that a run folder is empty or belongs to this recipe."""
     kept = folder / "recipe.toml"
     if start is not None and kept.exists():
         changed = config.differences(_essence(config.load(kept, Recipe)), _essence(recipe))
         if changed:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise RecipeError(
-                f"{folder}: holds a run of another recipe: {changed[0]}"
-                f"{f' (and {len(changed) - 1} more)' if len(changed) > 1 else ''}. "
+                f"{folder}: holds a run of another recipe: {changed[0]}{more}. "
                 f"Restore the recipe to go on with that run, or give another folder."
             )
-    elif (folder / "model").exists():
+    elif start is None and (folder / "model").exists():
         raise CheckpointError(
             f"{folder}: holds a finished model but no checkpoint to go on from; give another folder."
         )
+
+
+def _open_folder(recipe: Recipe, folder: Path, start: Checkpoint | None) -> None:
+    """Write down what is run and on what; forget the lines of steps that will be done again."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(kept, config.dump(recipe))
+    checkpoint.write_text(folder / "recipe.toml", config.dump(recipe))
     runs = folder / "run.json"
     known = json.loads(runs.read_text()) if runs.exists() and start is not None else {"starts": []}
     known["starts"].append(record())
     checkpoint.write_text(runs, json.dumps(known, indent=2) + "\n")
+    metrics = Metrics(folder / "metrics.jsonl")
+    metrics.rewind(0 if start is None else start.progress.metrics_bytes)
+    metrics.close()
 
 
 def _essence(recipe: Recipe) -> Recipe:
@@ -329,10 +392,6 @@ def _load_heads(objective: Objective, weights: dict[str, Any] | None) -> None:
     own = objective.heads.state_dict()
     if all(own[key].shape == weights[key].shape for key in own):
         objective.heads.load_state_dict(weights)
-
-
-def _heads_of(objective: Objective) -> dict[str, Any] | None:
-    return None if objective.heads is None else objective.heads.state_dict()
 
 
 def _line(
@@ -374,8 +433,9 @@ def _announce(stage: Stage, rows: list[Row], done: int) -> None:
         say(f"  {row.group:<11}{row.parameters:>14,}  {what}")
 
 
-def _conclude(stage: Stage, batches: Loader, seconds: float, tokens: int, folder: Path) -> None:
-    say(f"stage {stage.name}: {tokens:,} tokens in {clock(seconds)}")
+def _conclude(work: _Work, folder: Path) -> None:
+    batches = work.batches
+    say(f"stage {work.stage.name}: {work.tokens:,} tokens in {clock(work.seconds)}")
     if batches.num_skipped or batches.num_dropped:
         say(
             f"  left out: {batches.num_skipped} bad rows, {batches.num_dropped} longer than a row; "

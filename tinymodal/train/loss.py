@@ -53,7 +53,8 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(states_ND.device.type)
         states_ND, weight_VD = states_ND.to(dtype), weight_VD.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
-    return _Blockwise.apply(states_ND, weight_VD, targets_N, bias_V, block)
+    total: Tensor = _Blockwise.apply(states_ND, weight_VD, targets_N, bias_V, block)  # type: ignore[no-untyped-call]
+    return total
 
 
 def head_cross_entropy(
@@ -68,7 +69,7 @@ def head_cross_entropy(
     if len(targets_N) <= block:
         return one(states_ND, targets_N)
     total = states_ND.new_zeros((), dtype=torch.float32)
-    for states, targets in zip(states_ND.split(block), targets_N.split(block), strict=True):
+    for states, targets in zip(torch.split(states_ND, block), torch.split(targets_N, block), strict=True):
         total = total + checkpoint(one, states, targets, use_reentrant=False)
     return total
 

@@ -70,7 +70,7 @@ class Objective(nn.Module):
         self.losses = tuple(losses)
         self.heads: CellHeads | None = None
         if "cells" in self.losses:
-            width = model.get_input_embeddings().embedding_dim
+            width = int(model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
             self.heads = CellHeads(width, cell_classes).to(self.device)
 
     @property

@@ -14,7 +14,7 @@ from tinymodal.compose import build
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import IGNORE, Batch, Sample
 from tinymodal.train.groups import table
-from tinymodal.train.loop import check_language, open_data, stage_loader
+from tinymodal.train.loop import check, open_data, stage_loader
 from tinymodal.train.objective import Objective
 from tinymodal.train.recipe import Recipe, Stage
 
@@ -45,7 +45,7 @@ def preview(recipe: Recipe, out: Console | None = None) -> None:
 
     out = out or Console(highlight=False, soft_wrap=True)
     composed = build.build(recipe.model, recipe.seed)
-    check_language(recipe, composed)
+    check(recipe, composed)
     _print_parts(composed, out)
     for index, stage in enumerate(recipe.stages):
         out.print()
@@ -79,7 +79,8 @@ def memory(recipe: Recipe, index: int, composed: Composed, row: Batch) -> Memory
         row: one row of the stage; its number of pictures is taken as typical.
     """
     stage = recipe.stages[index]
-    rows = table(composed.model, stage.train, Objective(composed.model, stage.loss, stage.cell_classes).heads)
+    heads = Objective(composed.model, stage.loss, stage.cell_classes).heads
+    rows = table(composed.model, stage.train, heads)
     weights = sum(row.parameters for row in rows) * 4
     trained = sum(row.parameters for row in rows if row.rate) * 4
     tokens = stage.micro_batch_tokens or stage.batch_tokens
@@ -96,8 +97,8 @@ def memory(recipe: Recipe, index: int, composed: Composed, row: Batch) -> Memory
 
 
 def _activations(config: Any, positions: int, recompute: bool) -> int:
-    width, layers = config.hidden_size, config.num_hidden_layers
-    one_layer = 10 * width + 4 * (getattr(config, "intermediate_size", None) or 4 * width)
+    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    one_layer = 10 * width + 4 * int(getattr(config, "intermediate_size", None) or 4 * width)
     per_position = layers * width + one_layer if recompute else layers * one_layer
     return positions * per_position
 
@@ -181,12 +182,13 @@ def _print_row(stage: Stage, composed: Composed, row: Sequence[Sample], batch: B
     for sample, pieces in zip(row, documents, strict=True):
         if left <= 0:
             break
-        text = Text(f"  {sample.id}: ", style="dim") if out.color_system else Text(f"  {sample.id}: ")
-        for run in _runs(pieces):
-            shown = run.text[:left]
+        text = Text()
+        text.append(f"  {sample.id}: ", style="dim")
+        for piece in _runs(pieces):
+            shown = piece.text[:left]
             left -= len(shown)
-            if not run.trains:
-                text.append(shown, style="default")
+            if not piece.trains:
+                text.append(shown)
             elif out.color_system:
                 text.append(shown, style=TRAINED)
             else:

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from tinymodal.core import log
+from tinymodal.core.log import Metrics, Progress, clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (3700, "1:01:40"), (59.6, "1:00")]
+)
+def test_time_is_written_as_on_a_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_are_one_object_a_line_and_go_on_after_a_restart(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    for n in (1, 2):
+        metrics = Metrics(path)
+        metrics.log({"step": n})
+        metrics.close()
+    assert rows(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_steps_that_are_done_again_are_forgotten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    metrics.log({"step": 1})
+    length = metrics.flush()
+    metrics.log({"step": 2})
+    metrics.close()
+
+    again = Metrics(path)
+    again.rewind(length)
+    again.log({"step": 2, "again": True})
+    again.rewind(10_000)  # more than there is: nothing to forget
+    again.close()
+    assert rows(path) == [{"step": 1}, {"step": 2, "again": True}]
+
+
+def test_progress_tells_rate_and_time_left_on_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    log.console.cache_clear()
+    now = iter([0.0, 0.0, 5.0, 20.0, 20.0, 20.0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(now, 20.0))
+    with Progress("align", total=40, start=10) as bar:
+        bar.advance(5)
+        bar.advance(5, note="loss 1.5")
+    told = capsys.readouterr().err.splitlines()
+    log.console.cache_clear()
+    assert told[0] == "align  20/40  0.5 steps/s  0:40 left  loss 1.5"
+    assert len(told) == 2  # one on the way, one at the end
+
+
+def test_progress_that_is_not_shown_says_nothing(capsys):
+    with Progress("align", total=2, shown=False) as bar:
+        bar.advance(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_a_bar_shows_rate_and_time_left(monkeypatch):
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=100)
+    monkeypatch.setattr(log, "console", lambda: terminal)
+    now = iter([0.0, 0.0, 10.0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(now, 10.0))
+    with Progress("align", total=40) as bar:
+        bar.advance(20, note="loss 1.5")
+    assert "20/40" in out.getvalue()
+    assert "2.0 steps/s  0:10 left  loss 1.5" in out.getvalue()

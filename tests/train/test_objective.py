@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinymodal.compose.tiny import tiny_model
+from tinymodal.core.errors import DataError
+from tinymodal.core.types import IGNORE
+from tinymodal.data.collate import collate
+from tinymodal.train.objective import CellHeads, Objective
+
+from .talk import WORDS, Talk
+
+
+def encoded(composed, count, **options):
+    talk = Talk(**options)
+    return [composed.encoder(talk.sample(n)) for n in range(count)]
+
+
+def together(composed, rows):
+    return collate(rows, composed.tokenizer.pad_token_id, composed.model.config.image_token_id)
+
+
+@pytest.mark.parametrize("language", ["llama", "gemma2", "phi"])
+def test_the_text_loss_is_that_of_transformers_summed(language):
+    """Ours on packed rows against HF's own loss, document by document: head with bias, soft-capped, plain."""
+    composed = tiny_model(language=language, words=WORDS)
+    documents = encoded(composed, 5)
+    ours = Objective(composed.model)(together(composed, [documents[:3], documents[3:]]))["text"]
+    theirs = torch.zeros(())
+    for document in documents:
+        batch = together(composed, [[document]])
+        out = composed.model(**batch.inputs(), labels=batch.labels, use_cache=False)
+        theirs += out.loss * document.num_targets
+    # Sums of about 40 terms of 6; rounding of float32.
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_only_supervised_positions_reach_the_head(tiny, monkeypatch):
+    batch = together(tiny, [encoded(tiny, 4)])
+    seen = []
+    monkeypatch.setattr(
+        "tinymodal.train.objective.linear_cross_entropy",
+        lambda states, weight, targets, bias: seen.append(states.shape) or states.sum(),
+    )
+    Objective(tiny.model)(batch)
+    assert seen == [(batch.num_targets, 32)]
+    assert batch.num_targets < batch.input_ids.numel() / 2
+
+
+def test_a_batch_without_pictures_trains_words_and_runs_no_tower(tiny, batches):
+    batch = batches(tiny, 1, pictures=False)[0]
+    tiny.model.model.towers["image"].register_forward_hook(lambda *_: pytest.fail("the tower ran"))
+    Objective(tiny.model)(batch)["text"].backward()
+    assert all(p.grad is None for p in tiny.model.model.connectors.parameters())
+
+
+def test_the_cells_loss_is_the_mean_over_labels_that_are_known():
+    heads = CellHeads(4, (3, 5))
+    tokens = torch.randn(2, 9, 4)
+    targets = torch.stack([torch.randint(3, (2, 9)), torch.randint(5, (2, 9))], dim=2)
+    targets[0, :, 1] = IGNORE
+    logits = heads.project(tokens)
+    expected = F.cross_entropy(logits[..., :3].flatten(0, 1), targets[..., 0].flatten(), reduction="sum")
+    expected = expected + F.cross_entropy(logits[1, :, 3:], targets[1, :, 1], reduction="sum")
+    torch.testing.assert_close(heads(tokens, targets), expected)
+
+
+def test_cells_alone_run_no_language_model(tiny, batches):
+    batch = batches(tiny, 1, targets=True)[0]
+    objective = Objective(tiny.model, ("cells",), (3, 5))
+    tiny.model.model.language_model.register_forward_hook(lambda *_: pytest.fail("the language model ran"))
+    terms = objective(batch)
+    assert set(terms) == {"cells"}
+    assert objective.counts([batch, batch]) == {"cells": 2 * int((batch.image_targets != IGNORE).sum())}
+    terms["cells"].backward()
+    assert all(p.grad is not None for p in tiny.model.model.towers.parameters())
+
+
+def test_both_losses_share_one_pass_of_the_tower(tiny, batches):
+    batch = batches(tiny, 1, targets=True)[0]
+    runs = []
+    tiny.model.model.towers["image"].register_forward_hook(lambda *_: runs.append(1))
+    terms = Objective(tiny.model, ("text", "cells"), (3, 5))(batch)
+    assert set(terms) == {"text", "cells"}
+    assert runs == [1]
+
+
+def test_cells_of_a_batch_without_pictures_count_nothing(tiny, batches):
+    batch = batches(tiny, 1, pictures=False)[0]
+    objective = Objective(tiny.model, ("cells",), (3, 5))
+    assert objective.counts([batch]) == {"cells": 0}
+    assert objective(batch)["cells"] == 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        ((3,), "2 labels a token, but cell_classes names 1"),
+        ((3, 4), "label 4 of head 1, but cell_classes[1] is 4"),
+    ],
+)
+def test_labels_that_do_not_fit_the_classes_are_refused_with_the_sample(tiny, batches, classes, told):
+    batch = batches(tiny, 1, targets=True)[0]
+    with pytest.raises(DataError) as caught:
+        Objective(tiny.model, ("cells",), classes).counts([batch])
+    assert told in str(caught.value)
+    assert str(caught.value).startswith("talk-0/")
+
+
+def test_pictures_nobody_labelled_are_refused(tiny, batches):
+    batch = dataclasses.replace(batches(tiny, 1, targets=True)[0], image_targets=None)
+    with pytest.raises(DataError, match="talk-0/"):
+        Objective(tiny.model, ("cells",), (3, 5)).counts([batch])
