@@ -88,7 +88,7 @@ class MediaItem:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A sample as the model reads it: ``labels[0] == IGNORE``, placeholders in ``ids`` == sum of ``tokens``."""
+    """A sample as the model reads it: ``labels[0]`` is ``IGNORE``; ``tokens`` counts the placeholders."""
 
     ids: Tensor
     """int64 [T]"""
