@@ -235,3 +235,20 @@ def test_an_error_in_a_pipe_is_exit_code_one(model_folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/image nowhere.png\n"))
     assert cli.main(["chat", str(model_folder)]) == 1
     assert "nowhere.png" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_after_options(tmp_path, capsys):
+    """``train r.toml --out x stages.0.steps=1``: argparse alone calls the last word unrecognized."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('name = "r"\n')
+    assert cli.main(["train", str(recipe), "--out", str(tmp_path / "x"), "nmae=q"]) == 1
+    err = capsys.readouterr().err
+    assert "nmae" in err
+    assert "unrecognized" not in err
+
+
+def test_an_option_nobody_knows_is_named(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["train", "r.toml", "--steps", "3"])
+    assert leaving.value.code == 1
+    assert "--steps" in capsys.readouterr().err

@@ -162,6 +162,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from tinymodal.core.config import load
+    from tinymodal.core.log import program
     from tinymodal.train.recipe import Recipe
 
     recipe = load(args.recipe, Recipe, args.overrides)
@@ -170,7 +171,7 @@ def run_train(args: argparse.Namespace) -> None:
     from tinymodal.train.loop import run
 
     run(recipe, folder)
-    print(f"\nThe model is in {folder / 'model'}. Talk to it:\n\n  tinymodal chat {folder / 'model'}\n")
+    print(f"\nThe model is in {folder / 'model'}. Talk to it:\n\n  {program()} chat {folder / 'model'}\n")
 
 
 def run_preview(args: argparse.Namespace) -> None:
@@ -243,7 +244,11 @@ def results_folder(name: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     set_environment()
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes a list of words only in one piece; overrides may stand after options as well
+        args.overrides += rest
     if args.version:
         print(f"tinymodal {__version__}")
         return 0

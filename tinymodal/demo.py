@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tinymodal.core.config import differences
 from tinymodal.core.config import load as load_recipe
 from tinymodal.core.errors import RecipeError
-from tinymodal.core.log import say
+from tinymodal.core.log import program, say
 from tinymodal.core.types import Text
 from tinymodal.eval import report as pages
 from tinymodal.eval.curves import curves
@@ -236,7 +236,7 @@ def write_sample(folder: Path, gallery: Sequence[Mapping[str, Any]]) -> None:
 
 
 def chat_command(folder: Path) -> str:
-    return f"tinymodal chat {folder / 'model'} --image {folder / 'sample.png'}"
+    return f"{program()} chat {folder / 'model'} --image {folder / 'sample.png'}"
 
 
 def tell(folder: Path, report: Mapping[str, Any], book: Book) -> None:

@@ -75,3 +75,19 @@ def test_on_a_terminal_a_bar_shows_rate_and_time_left(monkeypatch):
         bar.advance(20, note="loss 1.5")
     assert "20/40" in out.getvalue()
     assert "2.0 steps/s  0:10 left  loss 1.5" in out.getvalue()
+
+
+def test_the_program_is_named_as_it_can_be_called_again(tmp_path, monkeypatch):
+    """After ``make demo`` the command lies in ``.venv/bin`` and nowhere on the path."""
+    script = tmp_path / ".venv" / "bin" / "tinymodal"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script), "demo"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert log.program() == ".venv/bin/tinymodal"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert log.program() == "tinymodal"
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    monkeypatch.setenv("PATH", "")
+    assert log.program().endswith(" -m tinymodal")

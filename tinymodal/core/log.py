@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +36,16 @@ def console() -> Console:
 def say(text: str) -> None:
     """One line for the person who waits; a bar that is shown stays below it."""
     console().print(text, markup=False)
+
+
+def program() -> str:
+    """How the person at the terminal can call us again: by name where it is on the path, else as now."""
+    called = Path(sys.argv[0])
+    if shutil.which("tinymodal"):
+        return "tinymodal"
+    if called.name == "tinymodal" and called.is_file():
+        return os.path.relpath(called)
+    return f"{os.path.basename(sys.executable)} -m tinymodal"
 
 
 class Progress:
