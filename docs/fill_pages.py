@@ -32,14 +32,6 @@ TABLES: dict[type[BaseModel], str] = {
     Stage: "each `[[stages]]`",
     Source: "each member of a stage's `data`",
 }
-# Keys whose sentence would only repeat their name in the source.
-SAYS = {
-    (Recipe, "model"): "What is trained: `[model]`, below.",
-    (Recipe, "stages"): "What is done, one `[[stages]]` after the other, below.",
-    (ModelSpec, "language"): "The language model: `[model.language]`, below.",
-    (Stage, "data"): "Where samples come from; several sources are mixed by `weight`, below.",
-    (Stage, "betas"): "AdamW's, of the mean and of the mean square of the gradient.",
-}
 KINDS = {
     "str": "text",
     "Number": "whole number",
@@ -82,7 +74,6 @@ def keys() -> str:
     for model, place in TABLES.items():
         rows = [f"### {model.__name__}: {place}", "", "| key | value | default | |", "|---|---|---|---|"]
         for name, (annotation, sentence) in _fields(model).items():
-            sentence = SAYS.get((model, name), sentence)
             if not sentence:
                 raise SystemExit(f"{model.__name__}.{name} has no sentence below it; write one there")
             cells = (f"`{name}`", _kind(annotation), _default(model, name), sentence)

@@ -63,7 +63,7 @@ class VisionSpec(Value):
     size_px: Count | None = None
     """Edge of the prepared picture; left out, what the tower was trained on."""
     max_pixels: Count | None = None
-    """Pictures with more pixels are refused before they are decoded; left out, see ``model.image``."""
+    """Pictures with more pixels are refused before they are decoded; left out, 89,478,485."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> VisionSpec:
@@ -77,6 +77,7 @@ class ModelSpec(Value):
     path: str | None = None
     """Folder of a composed model, or ``starter``; excludes the other keys."""
     language: LanguageSpec | None = None
+    """The language model: ``[model.language]``."""
     vision: VisionSpec | None = None
     """Left out, the model reads text only."""
 

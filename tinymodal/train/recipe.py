@@ -40,7 +40,8 @@ class Source(Value):
     format: str | None = None
     """``llava``, ``messages``, ``caption``, ``vqa``, or your own ``my_rows.py:convert``."""
     images: str | None = None
-    """Folder that relative picture paths are looked up in, after the data file's own folder."""
+    """Folder that relative picture paths are looked up in, after the data file's own folder: first
+    by the whole path, then by the file name alone."""
     made: str | None = None
     """Name of a generator in ``tinymodal.data.synthetic.MADE``, or your own ``my_data.py:Make``."""
     options: dict[str, Any] = {}
@@ -72,6 +73,7 @@ class Stage(Value):
     language (the decoder, and its embeddings unless they are listed), embeddings (token embeddings and
     language head), heads (the cell heads)."""
     data: tuple[Source, ...]
+    """Where samples come from; several sources are mixed by ``weight``."""
     steps: Count
     """Optimizer steps."""
 
@@ -104,6 +106,7 @@ class Stage(Value):
     weight_decay: Rate = 0.0
     """AdamW's, on matrices only: norms, biases and embeddings never decay."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's, of the mean and of the mean square of the gradient."""
     clip: Rate = 1.0
     """Norm that the gradient is cut to; 0: never cut."""
 
@@ -189,7 +192,9 @@ class Recipe(Value):
     name: str
     """What the run is called; the folder is ``runs/<name>`` unless another is given."""
     model: ModelSpec
+    """What is trained: ``[model]``."""
     stages: tuple[Stage, ...]
+    """What is done, one ``[[stages]]`` after the other."""
     seed: Natural = 0
     """Fixes random weights, the order of samples and dropout."""
     save_every: Natural = 200
