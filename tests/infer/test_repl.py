@@ -9,6 +9,7 @@ import torch
 from tests.infer.test_engine import picture
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import DataError
+from tinymodal.core.types import Text
 from tinymodal.infer.engine import Engine, Sampling
 from tinymodal.infer.repl import HELP, Chat, chat
 
@@ -161,3 +162,12 @@ def test_torch_is_not_asked_for_gradients(engine):
     list(Chat(engine, SHORT).ask("what"))
     assert torch.is_grad_enabled()
     assert all(p.grad is None for p in engine.model.parameters())
+
+
+def test_a_question_of_several_lines_is_one_question(engine):
+    """Data often asks on several lines; what was trained so must be asked so."""
+    talk = Chat(engine, SHORT)
+    whole = "".join(talk.ask("what is it\nin one word"))
+    out, _, errors = typed(engine, "what is it\\", "in one word")
+    assert (out, errors) == (f"{whole}\n", 0)
+    assert talk.messages[0].parts == (Text("what is it\nin one word"),)

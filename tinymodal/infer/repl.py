@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -26,7 +26,8 @@ HELP = """\
 /save FILE    write the conversation as a row that training reads (format = "messages")
 /help         this list
 /quit         leave (also Ctrl-D)
-Anything else is a question; an answer can be stopped with Ctrl-C."""
+Anything else is a question; one that ends with a backslash goes on in the next line. An answer can be stopped
+with Ctrl-C."""
 
 
 @dataclass(slots=True)
@@ -139,11 +140,10 @@ def chat(
         shown = f" {len(images)} picture{'s' if len(images) > 1 else ''} shown." if images else ""
         print(f"Ask away.{shown} /image FILE shows a picture, /help lists the rest, Ctrl-D leaves.", file=out)
     errors = 0
-    for line in _typed(out) if terminal else lines:
-        text = line.strip()
+    for text in _joined(_typed(out) if terminal else lines):
         if text == "/quit":
             break
-        if not text:
+        if not text.strip():
             continue
         try:
             if text.startswith("/"):
@@ -182,6 +182,20 @@ def _command(talk: Chat, text: str, err: TextIO) -> None:
         print(HELP, file=err)
     else:
         raise DataError(f"unknown command {name}; /help lists them. A question may not begin with a slash.")
+
+
+def _joined(lines: Iterable[str]) -> Iterator[str]:
+    """Questions out of lines: one that ends with a backslash goes on in the next."""
+    question = ""
+    for line in lines:
+        question += line.strip()
+        if question.endswith("\\"):
+            question = question[:-1] + "\n"
+            continue
+        yield question
+        question = ""
+    if question:
+        yield question
 
 
 def _typed(out: TextIO) -> Iterator[str]:
