@@ -60,7 +60,7 @@ def card(made: MadeQuestion, reply: str) -> Card:
     """What is drawn of one question."""
     pictures = tuple(part.source for part in made.sample.media())
     said = [part.text for part in made.sample.messages[-1].parts if isinstance(part, Text)]
-    return Card(pictures, " ".join(said), reply, made.answer)
+    return Card(pictures, said[-1].strip(), reply, made.answer)
 
 
 def draw(cards: Sequence[Card]) -> Image.Image:

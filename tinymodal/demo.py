@@ -410,12 +410,11 @@ def _cards(result: Result, note: str = "") -> list[dict[str, Any]]:
         if kind in first:
             continue
         pictures = [base64.b64encode(_png(image.source)).decode() for image in row.question.sample.media()]
-        asked = " ".join(
-            part.text for part in row.question.sample.messages[-1].parts if isinstance(part, Text)
-        )
+        # The last words are the question; those before them name the pictures of a comparison.
+        words = [p.text for p in row.question.sample.messages[-1].parts if isinstance(p, Text)]
         first[kind] = {
             "pictures": pictures,
-            "question": asked,
+            "question": words[-1].strip(),
             "reply": row.reply,
             "answer": row.question.answer,
             "kind": kind,
