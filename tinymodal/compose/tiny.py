@@ -123,6 +123,8 @@ def tiny_vision(kind: VisionKind | str = "siglip_vision_model", image_px: int = 
     if kind.startswith("dinov2"):
         config["mlp_ratio"] = 2
         del config["intermediate_size"]
+    if kind == "tinymodal_written":
+        return {"model_type": kind, "image_size": image_px, "hidden_size": 32}
     if kind == "tinymodal_tower":
         return {
             "model_type": kind,

@@ -125,6 +125,12 @@ class ConvTower(MediaEncoder):
         if tuple(size_px) != (config.image_size, config.image_size):
             edge = config.image_size
             raise ValueError(f"this tower reads {edge} x {edge} px, got {size_px[0]} x {size_px[1]}")
+        if over := config.image_size % config.patch_size:
+            near = f"{config.image_size - over} or {config.image_size - over + config.patch_size}"
+            raise ValueError(
+                f"image_size {config.image_size} is not a multiple of {config.patch_size}, what "
+                f"{len(config.channels)} stages make one position of; take {near}"
+            )
         return patch_grid(*size_px, config.patch_size)
 
     @classmethod
