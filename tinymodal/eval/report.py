@@ -315,7 +315,7 @@ tbody th{white-space:nowrap}
 td{min-width:132px}
 .n{text-align:right;color:var(--muted);min-width:0;padding-right:0}
 .total th,.total td{font-weight:650;border-bottom:0}
-.value{display:inline-block;width:64px}
+.value{white-space:nowrap;display:inline-block;width:64px}
 .bar{display:inline-block;position:relative;vertical-align:middle;width:calc(100% - 68px);min-width:48px;
 height:10px;border-radius:3px;background:var(--track)}
 .bar i{position:absolute;inset:0 auto 0 0;border-radius:3px;background:var(--new)}
