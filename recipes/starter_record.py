@@ -45,12 +45,18 @@ def ship(source: Path, out: Path) -> int:
             }
             save_file(tensors, out / file.name, metadata={"format": "pt"})
         elif file.suffix == ".json":
-            document = json.loads(file.read_text())
-            document.pop("auto_map", None)
+            document = without(json.loads(file.read_text()), ("auto_map", "_name_or_path"))
             (out / file.name).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
         else:
             shutil.copy(file, out / file.name)
     return sum(file.stat().st_size for file in out.glob("*.safetensors"))
+
+
+def without(document: object, keys: tuple[str, ...]) -> object:
+    """A JSON document without ``keys``, at any depth: code that is not shipped, folders of one machine."""
+    if isinstance(document, dict):
+        return {key: without(value, keys) for key, value in document.items() if key not in keys}
+    return [without(value, keys) for value in document] if isinstance(document, list) else document
 
 
 def made(run: Path) -> dict[str, object]:

@@ -569,7 +569,7 @@ def test_a_saved_model_loads_in_a_process_without_our_package(tmp_path):
     code = (
         "import sys, torch\n"
         "from transformers import AutoModelForImageTextToText\n"
-        f"x = torch.load({str(tmp_path / 'in.pt')!r})\n"
+        f"x = torch.load({str(tmp_path / 'in.pt')!r}, weights_only=True)\n"
         f"folder, out = {str(tmp_path / 'model')!r}, {str(tmp_path / 'out.pt')!r}\n"
         "m = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()\n"
         "torch.save(m(input_ids=x['ids'], pixel_values=x['pixels']).logits, out)\n"
@@ -582,4 +582,4 @@ def test_a_saved_model_loads_in_a_process_without_our_package(tmp_path):
         check=False,
     )
     assert done.returncode == 0
-    assert torch.equal(torch.load(tmp_path / "out.pt"), logits(composed))
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), logits(composed))
