@@ -374,7 +374,11 @@ def ask_where(rng: Random, world: World, scene: Scene, thing: Thing) -> QA | Non
     if not _unique(scene, thing, "shape", "colour"):
         return None
     forms = "Where is the {}?", "In which part of the picture is the {}?"
-    return rng.choice(forms).format(thing.name), thing.place
+    names = [thing.name]  # half of the time by its shape or colour alone, where that says which
+    names += [thing.shape] if _unique(scene, thing, "shape") else []
+    names += [f"{thing.colour} thing"] if _unique(scene, thing, "colour") else []
+    name = thing.name if rng.random() < 0.5 else rng.choice(names)
+    return rng.choice(forms).format(name), thing.place
 
 
 def ask_relation(rng: Random, world: World, scene: Scene, thing: Thing) -> QA | None:
@@ -612,6 +616,8 @@ class Scenes:
         dice = rng.random()
         if dice < 0.01:
             return "talk", (), [rng.choice(SMALL_TALK)]
+        if dice > 0.99:  # the same beside a picture
+            return "talk", (_random_scene(rng, self.world, None, (1, 5))[0],), [rng.choice(SMALL_TALK)]
         if dice < 0.03:
             return "talk", (), [(ask(rng.choice(self.kinds), rng, self.world).question, NO_PICTURE)]
         kind, scenes, turns = self._questions(rng)
