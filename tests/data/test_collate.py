@@ -13,7 +13,7 @@ PAD, IMAGE, TOKENS = 0, 1, 4
 
 
 def picture(value=0.0, targets=None):
-    return MediaItem("image", torch.full((3, 2, 2), value), (2, 2), TOKENS, 4, targets)
+    return MediaItem("image", (torch.full((3, 2, 2), value),), (2, 2), TOKENS, 4, targets)
 
 
 def document(spec, name="d", targets=None):
@@ -66,7 +66,7 @@ def test_a_batch_holds_every_document_at_its_place(rows, spare):
     assert batch.num_tokens == sum(len(d) for row in documents for d in row)
     assert batch.sample_ids == tuple(d.sample_id for row in documents for d in row)
 
-    pictures = [item.values for row in documents for d in row for item in d.media]
+    pictures = [item.tiles[0] for row in documents for d in row for item in d.media]
     if pictures:
         assert torch.equal(batch.pixel_values, torch.stack(pictures))
         assert batch.image_put.tolist() == puts
@@ -131,7 +131,10 @@ def with_label(at, value):
         (broken(labels=with_label(3, IMAGE)), "position 3 is a picture's placeholder and trains"),
         (broken(labels=torch.tensor([IGNORE])), "7 ids but 1 labels; expected one label for each id"),
         (broken(ids=torch.tensor([]), labels=torch.tensor([])), "no tokens; expected at least one"),
-        (broken("wi", media=(replace(picture(), values=torch.zeros(3, 4, 4)),)), "a picture of [3, 4, 4]"),
+        (
+            broken("wi", media=(replace(picture(), tile_tokens=(3,)),)),
+            "a tile of [3, 2, 2] and 3 tokens in a",
+        ),
     ],
 )
 def test_a_sample_that_contradicts_itself_is_named(sample, words):
@@ -163,3 +166,17 @@ def test_rows_that_were_packed_wrongly_are_refused():
         collate([], PAD, IMAGE)
     with pytest.raises(ValueError, match="padding would be taken for pictures"):
         collate([[document("wt")]], IMAGE, IMAGE)
+
+
+def test_picture_targets_need_tiles_of_one_size():
+    """8 x 2 and 2 x 8 px may take equally many tokens, but their embeddings lie size by size."""
+    targets = torch.zeros(TOKENS, 2, dtype=torch.int64)
+    wide, tall = (document("wit", f"{h}x{w}", targets) for h, w in ((2, 8), (8, 2)))
+    wide, tall = (
+        replace(one, media=(replace(one.media[0], tiles=(torch.zeros(3, h, w),)),))
+        for one, (h, w) in ((wide, (2, 8)), (tall, (8, 2)))
+    )
+    assert collate([[wide, wide]], PAD, IMAGE).image_targets.shape == (2, TOKENS, 2)
+    batch = collate([[wide, tall]], PAD, IMAGE)
+    assert batch.image_targets is None
+    assert [list(tiles.shape) for tiles in batch.pixel_values] == [[1, 3, 2, 8], [1, 3, 8, 2]]

@@ -34,7 +34,7 @@ def encode(sample):
             if isinstance(part, Image):
                 seed = torch.Generator().manual_seed(int(part.source))
                 values = torch.randn(3, 2, 2, generator=seed)
-                media.append(MediaItem("image", values, (1, 2), 2, 4, torch.tensor([[1], [2]])))
+                media.append(MediaItem("image", (values,), (1, 2), 2, 4, torch.tensor([[1], [2]])))
                 ids += [IMAGE] * 2
                 labels += [IGNORE] * 2
             elif part.text.startswith("bad"):

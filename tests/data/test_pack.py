@@ -13,7 +13,7 @@ VALUES = torch.zeros(3, 2, 2)
 
 
 def sample(tokens, patches=0, name="s"):
-    media = (MediaItem("image", VALUES, (1, 1), 1, patches),) if patches else ()
+    media = (MediaItem("image", (VALUES,), (1, 1), 1, patches),) if patches else ()
     return Encoded(torch.zeros(tokens, dtype=torch.int64), torch.full((tokens,), IGNORE), media, name)
 
 

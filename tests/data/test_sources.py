@@ -172,8 +172,29 @@ def test_parquet_rows_equal_what_was_written_and_tell_their_groups(tmp_path):
     assert [source.row(n) for n in order] == [rows[n] for n in order]
     assert source.sample(7).messages[0].parts[0].source == b"\x07"
     assert source.row_id(7) == f"{path}:8"
-    assert len(source.files[0]._groups) == WINDOW
-    assert not pickle.loads(pickle.dumps(source)).files[0]._groups
+    assert len(source.decoded) == WINDOW
+    sent = pickle.loads(pickle.dumps(source))
+    assert len(sent.decoded) == 0
+    assert sent.row(7) == rows[7]
+    assert len(sent.decoded) == 1
+
+
+def test_all_files_of_a_source_share_one_window_of_decoded_groups(tmp_path):
+    """A thousand shards do not keep eight groups each."""
+    pa = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    for name in "abc":
+        rows = [{"image": None, "question": f"{name}{n}", "answer": "A"} for n in range(2 * WINDOW)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet", row_group_size=2)
+    write_lines(tmp_path / "d.jsonl", map(row, range(3)))
+    tables, mixed = (open_source(tmp_path / pattern, "vqa") for pattern in ("*.parquet", "*.[pj]*"))
+    for source in (tables, mixed):
+        expected = [f"{name}{n}" for name in "abc" for n in range(2 * WINDOW)]
+        assert questions(source)[: len(expected)] == expected
+        assert len(source.decoded) == WINDOW
+    # The last group read is kept: the one asked for longest ago goes first.
+    assert tables.row(6 * WINDOW - 1)["question"] == f"c{2 * WINDOW - 1}"
+    assert len(tables.decoded) == WINDOW
 
 
 def test_a_conversation_in_parquet_is_read_although_its_parts_are_filled_with_nulls(tmp_path):

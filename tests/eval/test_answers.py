@@ -65,6 +65,17 @@ def test_the_first_sentence_says_yes_or_no(reply, said):
         ("-7", -7),
         ("none", None),
         ("someone", None),
+        ("It is -3.5 degrees", -3.5),
+        ("COVID-19", 19),
+        ("step-3", 3),
+        ("3-5 people", 3),
+        ("(-4)", -4),
+        ("1,2345", 1),
+        ("1,234,5", 1),
+        ("1,234,567 and 8", 1234567),
+        ("1,234, 5", 1234),
+        ("12345,678", 12345),
+        ("$1,000.50.", 1000.5),
     ],
 )
 def test_the_first_number_counts_in_digits_or_as_a_word(reply, value):

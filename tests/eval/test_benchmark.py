@@ -1,8 +1,10 @@
 """Scores become numbers."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinymodal.core.errors import DataError
 from tinymodal.core.types import Message, Sample, Text
 from tinymodal.eval.benchmark import Question, Score, best_constants, by_category, mean
 
@@ -41,6 +43,12 @@ def test_every_category_has_the_mean_of_its_own_scores(scores):
 
 def test_a_score_without_the_key_is_counted_as_other():
     assert by_category("kind")([Score(1.0)]) == {"other": 1.0, "mean": 1.0}
+
+
+def test_a_category_may_not_take_the_name_of_the_mean():
+    scores = [Score(1.0, meta={"kind": "mean"}), Score(0.0, meta={"kind": "size"})]
+    with pytest.raises(DataError, match="kind is 'mean'"):
+        by_category("kind")(scores)
 
 
 def test_the_best_constant_is_the_commonest_answer_of_each_kind():

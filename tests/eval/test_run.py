@@ -1,17 +1,21 @@
 """A run asks every question once, writes everything down, and goes on where it was stopped."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import PIL.Image
 import pytest
-import torch
 
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import DataError, RecipeError, TinyModalError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.answers import exact
-from tinymodal.eval.benchmark import Benchmark, Question, by_category
-from tinymodal.eval.run import benchmark, evaluate, fingerprint, run, tables
+from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category
+from tinymodal.eval.folder import LOCK, digest, fingerprint
+from tinymodal.eval.run import benchmark, benchmarks, evaluate, run, tables
 from tinymodal.infer.engine import Engine, Reply
 
 
@@ -55,7 +59,7 @@ def model():
 def test_every_prompt_reply_and_score_is_written_down(model, tmp_path):
     result = run(colours(), Parrot(model), tmp_path)
     assert result.numbers == {"even": 0.0, "odd": 1.0, "mean": 0.5}
-    rows = [json.loads(line) for line in (tmp_path / "colours.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "colours.replies.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"q{i}" for i in range(10)]
     assert rows[1] == {
         "id": "q1",
@@ -66,6 +70,7 @@ def test_every_prompt_reply_and_score_is_written_down(model, tmp_path):
         "parsed": "red",
         "score": 1.0,
         "meta": {"kind": "odd"},
+        "digest": digest(questions()[1]),
         "run": rows[0]["run"],
     }
 
@@ -77,13 +82,13 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(model, tmp_path, monkeypat
         run(colours(), first, tmp_path)
     assert len(first.asked) == 8
     # A kill in the middle of a line leaves half of it.
-    with (tmp_path / "colours.jsonl").open("a") as file:
+    with (tmp_path / "colours.replies.jsonl").open("a") as file:
         file.write('{"id": "q8", "rep')
     second = Parrot(model)
     result = run(colours(), second, tmp_path)
     assert second.asked == ["q8", "q9"]
     assert len(result.answered) == 10
-    rows = [json.loads(line)["id"] for line in (tmp_path / "colours.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)["id"] for line in (tmp_path / "colours.replies.jsonl").read_text().splitlines()]
     assert rows == [f"q{i}" for i in range(10)]
 
 
@@ -107,6 +112,123 @@ def test_a_changed_answer_is_scored_anew_and_other_limits_keep_their_rows(model,
     assert len(again.asked) == 10
 
 
+def changed_question(what: str, folder) -> Question:
+    picture, words = Image(PIL.Image.new("RGB", (24, 24), "red")), Text("what")
+    if what == "words":
+        words = Text("what?")
+    elif what == "pixel":
+        picture.source.putpixel((3, 4), (0, 0, 0))
+    elif what in ("file", "other file"):
+        path = folder / "a.png"
+        PIL.Image.new("RGB", (24, 24), "red" if what == "file" else "blue").save(path)
+        picture = Image(path)
+    elif what == "bytes":
+        picture = Image((folder / "a.png").read_bytes())
+    elif what == "tiles":
+        picture = Image(picture.source, max_tiles=1)
+    parts = (words, picture) if what == "order" else (picture, words)
+    return Question(Sample((Message("user", parts),), "q0"), "red")
+
+
+def test_a_changed_question_or_picture_is_asked_again(model, tmp_path):
+    """The id and the answer stay the same in all of these."""
+    PIL.Image.new("RGB", (24, 24), "green").save(tmp_path / "a.png")
+    whats = ("", "words", "pixel", "order", "tiles", "bytes", "file", "other file")
+    for what in whats:
+        question = changed_question(what, tmp_path)
+        for expected in (["q0"], []):
+            parrot = Parrot(model)
+            run(colours(lambda question=question: [question]), parrot, tmp_path)
+            assert parrot.asked == expected, what
+
+
+def test_a_kept_reply_is_written_with_the_score_that_counts_now(model, tmp_path):
+    run(colours(), Parrot(model), tmp_path)
+    again = Parrot(model)
+    strict = replace(colours(), score=lambda question, reply: Score(0.5, parsed="half"))
+    assert run(strict, again, tmp_path).numbers["mean"] == 0.5
+    assert again.asked == []
+    rows = [json.loads(line) for line in (tmp_path / "colours.replies.jsonl").read_text().splitlines()]
+    assert {(row["score"], row["parsed"]) for row in rows} == {(0.5, "half")}
+
+
+OTHERS = (
+    '{"image": null, "question": "what", "answer": "red"}\n',
+    '{"id": "q0", "image": null, "question": "what", "answer": "red"}',
+    "notes\n",
+    "notes",
+    "[]\n",
+)
+
+
+@pytest.mark.parametrize("content", OTHERS)
+def test_a_file_that_holds_other_rows_is_left_alone(model, tmp_path, content):
+    path = tmp_path / "colours.replies.jsonl"
+    path.write_text(content)
+    parrot = Parrot(model)
+    with pytest.raises(DataError, match=r"colours\.replies\.jsonl: .*--out"):
+        run(colours(), parrot, tmp_path)
+    assert path.read_text() == content
+    assert parrot.asked == []
+
+
+@pytest.mark.parametrize("content", ['[{"image": null}]', '{"lr": 1}', '{"a": {"b": 1}}', "notes", ""])
+def test_a_file_called_as_the_results_is_left_alone(model, tmp_path, content):
+    """Before anything is asked, not after hours of replies."""
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinymodal.eval.run.TASKS", {"one": colours(name="one")})
+        with pytest.raises(DataError, match=r"results\.json: .*--out"):
+            evaluate(model, ["one"], folder=tmp_path, limit=1)
+    assert path.read_text() == content
+    assert not (tmp_path / "one.replies.jsonl").exists()
+
+
+def test_the_second_benchmarks_file_is_looked_at_before_the_first_is_asked(model, tmp_path):
+    (tmp_path / "two.replies.jsonl").write_text("notes\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinymodal.eval.run.TASKS", {"one": colours(name="one"), "two": colours(name="two")})
+        with pytest.raises(DataError, match=r"two\.replies\.jsonl"):
+            evaluate(model, ["one", "two"], folder=tmp_path, limit=1)
+    assert not (tmp_path / "one.replies.jsonl").exists()
+
+
+def test_half_a_character_is_no_rows_end(model, tmp_path):
+    """A kill may cut a file inside a character."""
+    run(colours(), Parrot(model, says="é"), tmp_path)
+    path = tmp_path / "colours.replies.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex("é".encode()) + 1])
+    again = Parrot(model, says="é")
+    run(colours(), again, tmp_path)
+    assert again.asked == ["q9"]
+    assert path.read_bytes() == whole
+
+
+def test_two_processes_do_not_write_into_one_folder(model, tmp_path):
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / LOCK)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        other.stdout.readline()
+        parrot = Parrot(model)
+        with pytest.raises(DataError, match="--out"):
+            run(colours(), parrot, tmp_path)
+        with pytest.raises(DataError, match="--out"):
+            evaluate(model, ["scenes"], folder=tmp_path, limit=1)
+        assert parrot.asked == []
+        other.communicate("\n")
+    run(colours(), parrot, tmp_path)
+    assert len(parrot.asked) == 10
+
+
 def test_a_line_end_inside_a_reply_is_no_line_end_of_the_file(model, tmp_path):
     odd = Parrot(model, says="red\u2028and\x85blue")
     run(colours(), odd, tmp_path)
@@ -115,15 +237,11 @@ def test_a_line_end_inside_a_reply_is_no_line_end_of_the_file(model, tmp_path):
     assert again.asked == []
 
 
-def test_one_step_of_training_changes_the_mark(model):
-    engine = Engine(tiny_model())
-    assert fingerprint(engine, 8) == fingerprint(Engine(tiny_model()), 8)
-    assert fingerprint(engine, 8) != fingerprint(engine, 9)
-    before = fingerprint(engine, 8)
-    with torch.no_grad():
-        for parameter in engine.model.parameters():
-            parameter.add_(1e-5)
-    assert fingerprint(engine, 8) != before
+def test_a_longer_reply_is_another_run(model, tmp_path):
+    run(colours(), Parrot(model), tmp_path)
+    longer = Parrot(model)
+    run(colours(max_new_tokens=65), longer, tmp_path)
+    assert len(longer.asked) == 10
 
 
 def test_no_questions_or_two_of_one_id_are_refused(model, tmp_path):
@@ -152,6 +270,18 @@ def test_results_of_other_benchmarks_stay_in_the_file(model, tmp_path):
         evaluate(model, ["one"], folder=tmp_path, limit=2)
         evaluate(model, ["two"], folder=tmp_path, limit=2)
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"one", "two"}
+
+
+def test_numbers_of_other_weights_do_not_stay_beside_these(model, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        tasks = {"one": colours(name="one"), "two": colours(name="two", max_new_tokens=2)}
+        patch.setattr("tinymodal.eval.run.TASKS", tasks)
+        evaluate(model, ["one", "two"], folder=tmp_path, limit=2)
+        other = tiny_model(seed=1)
+        evaluate(other, ["two"], folder=tmp_path, limit=2)
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert set(told) == {"two"}
+    assert told["two"]["run"] == fingerprint(Engine(other))
 
 
 def test_a_family_shares_one_table(model, tmp_path):
@@ -186,6 +316,66 @@ def test_rows_of_your_own_are_a_benchmark(model, tmp_path):
     assert not list(second.sample.media())
     (result,) = evaluate(model, [str(path)], folder=tmp_path / "out")
     assert set(result.numbers) == {"colour", "other", "mean"}
+
+
+def test_the_users_file_is_not_written_to(model, tmp_path):
+    """``eval --on mine.jsonl --out .``: replies and questions in one folder."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"image": null, "question": "how many", "answer": "2"}\n')
+    before = path.read_bytes()
+    for _ in range(2):
+        evaluate(model, [str(path)], folder=tmp_path)
+    assert path.read_bytes() == before
+    assert len((tmp_path / "mine.replies.jsonl").read_text().splitlines()) == 1
+
+
+def test_two_benchmarks_of_one_name_are_refused(model, tmp_path):
+    row = '{"image": null, "question": "how many", "answer": "2"}\n'
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        for name in ("q", "scenes"):
+            (tmp_path / folder / f"{name}.jsonl").write_text(row)
+    x, y = str(tmp_path / "x" / "q.jsonl"), str(tmp_path / "y" / "q.jsonl")
+    assert [each.name for each in benchmarks([x])] == ["q"]
+    with pytest.raises(DataError, match=r"x/q\.jsonl and .*y/q\.jsonl"):
+        evaluate(model, [x, y], folder=tmp_path / "out")
+    with pytest.raises(DataError, match="twice"):
+        evaluate(model, [x, x], folder=tmp_path / "out")
+    with pytest.raises(DataError, match=r"scenes\.jsonl: .*built"):
+        evaluate(model, [str(tmp_path / "x" / "scenes.jsonl")], folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"answer": "\ud83d"}, r"mine\.jsonl:1: .*half a character .U\+D83D"),
+        ({"answer": "2", "kind": "\ud83d"}, r"mine\.jsonl:1: .*half a character .U\+D83D"),
+        ({"answer": "2", "kind": "mean"}, r"mine\.jsonl:1: .*'mean'"),
+    ],
+)
+def test_a_row_that_cannot_be_written_down_is_named_before_anything_is_asked(model, tmp_path, row, told):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"image": None, "question": "how many"} | row) + "\n")
+    with pytest.raises(DataError, match=told):
+        evaluate(model, [str(path)], folder=tmp_path / "out")
+    assert not (tmp_path / "out" / "mine.replies.jsonl").exists()
+
+
+def test_every_file_is_utf8_whatever_the_locale(model, tmp_path, monkeypatch):
+    own, opened = Path.open, []
+
+    def opening(path, mode="r", buffering=-1, encoding=None, **more):
+        if path.is_relative_to(tmp_path) and "b" not in mode:
+            opened.append((path.name, encoding))
+        return own(path, mode, buffering, encoding, **more)
+
+    monkeypatch.setattr(Path, "open", opening)
+    monkeypatch.setattr("tinymodal.eval.run.TASKS", {"one": colours(name="one")})
+    for _ in range(2):
+        evaluate(model, ["one"], folder=tmp_path, limit=1)
+    files = ("one.replies.jsonl", "one.replies.jsonl.part", "results.json", "results.json.part")
+    assert set(opened) == {(name, "utf-8") for name in files}
 
 
 def test_a_benchmark_of_your_own_is_named_by_file_and_name(tmp_path):

@@ -49,7 +49,7 @@ def test_every_question_ends_with_the_user_and_has_a_picture():
 
 
 def test_questions_about_unseen_pairs_name_one_or_show_one():
-    from tinymodal.data.synthetic import UNSEEN_PAIRS
+    from tinymodal.data.scenes import UNSEEN_PAIRS
 
     pairs = {f"{colour} {shape}" for shape, colour in UNSEEN_PAIRS}
     named = [q for q in asked(per_kind=20, unseen=True) if any(pair in words(q) for pair in pairs)]

@@ -36,6 +36,10 @@ class Image:
     targets: tuple[tuple[int, ...], ...] | None = None
     """What each of the picture's tokens shows, one class id per target head, in reading order. Known for made
     data only; used by the ``cells`` loss that pretrains a tower."""
+    max_tiles: int | None = None
+    """At most so many tiles for this picture; None: as the model was composed."""
+    fit_pixels: tuple[int, int] | None = None
+    """At least and at most so many pixels after resizing (``native``); None: as the model was composed."""
 
 
 Part = Text | Image
@@ -75,15 +79,20 @@ class MediaItem:
     """One prepared medium and the number of tokens it takes; ``tokens == prod(grid)``."""
 
     kind: Literal["image"]
-    values: Tensor
-    """float32 [3, H, W]"""
+    tiles: tuple[Tensor, ...]
+    """What the tower sees, float32 [3, H, W] each; one for most ways to prepare a picture."""
     grid: tuple[int, ...]
-    """Rows and columns of tokens after the connector."""
+    """Rows and columns of tokens after the connector; one number where they are no rectangle."""
     tokens: int
     patches: int
     """Positions the tower computes for this item: the unit of the packer's second budget."""
     targets: Tensor | None = None
     """int64 [tokens, heads], see ``Image.targets``."""
+    tile_tokens: tuple[int, ...] = ()
+    """Embeddings of each tile; empty: one tile of ``tokens``."""
+    order: Tensor | None = None
+    """int64 [tokens], which embedding stands at each place: from 0 those of the tiles laid end to end, below 0
+    the learned marks (``geometry.arrange``). None: one tile, in its own order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +121,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of packed documents. B rows of T positions, I pictures, S tokens a picture, K placeholders.
+    """Rows of packed documents. B rows of T positions, I tiles, S tokens a tile, K placeholders.
 
-    ``image_take`` says which of the I*S embeddings are used and ``image_put`` at which of the B*T positions;
-    both are computed and checked where the batch is made, so the forward pass has nothing left to mismatch.
+    ``image_take`` says which embeddings are used and ``image_put`` at which of the B*T positions; both are
+    computed and checked where the batch is made, so the forward pass has nothing left to mismatch.
     """
 
     input_ids: Tensor
@@ -124,10 +133,11 @@ class Batch:
     """int64 [B, T], unshifted; the first position of every document is ``IGNORE``."""
     position_ids: Tensor
     """int64 [B, T], restarting at 0 with each document: this alone keeps documents apart."""
-    pixel_values: Tensor | None
-    """float32 [I, 3, H, W], or None where no row has a picture: then the tower does not run."""
+    pixel_values: Tensor | tuple[Tensor, ...] | None
+    """float32 [I, 3, H, W]; where tiles differ in size one such tensor for each size; None where no row has a
+    picture: then the tower does not run."""
     image_take: Tensor | None
-    """int64 [K]"""
+    """int64 [K]: of the tiles' embeddings laid end to end, size by size, and the learned marks after them."""
     image_put: Tensor | None
     """int64 [K]"""
     target_index: Tensor
@@ -135,7 +145,8 @@ class Batch:
     target_ids: Tensor
     """int64 [N]: that next token."""
     image_targets: Tensor | None
-    """int64 [I, S, heads], see ``Image.targets``; None unless every picture has them."""
+    """int64 [I, S, heads], see ``Image.targets``; None unless every picture has them and is one tile, all
+    of one size."""
     sample_ids: tuple[str, ...]
     num_tokens: int
     """Positions that hold a document's token; the rest of B*T is padding."""
@@ -144,9 +155,9 @@ class Batch:
     def num_targets(self) -> int:
         return len(self.target_ids)
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """What the model's forward takes, without labels."""
-        named = {
+        named: dict[str, Tensor | tuple[Tensor, ...] | None] = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "pixel_values": self.pixel_values,

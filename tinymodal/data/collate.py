@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import IGNORE, Batch, Encoded, MediaItem
+from tinymodal.model.layout import Picture, lay_out
 
-# Shapes: B rows, T positions, D documents (padding tails included), I pictures, S tokens a picture, K
-# placeholders, N targets.
+# Shapes: B rows, T positions, D documents (padding tails included), I tiles, S tokens a tile, K placeholders,
+# N targets.
 
 
 def collate(
@@ -72,15 +73,15 @@ def collate(
     _check_places(owners, places_F, starts_D, sizes_D)
 
     pictures = [(item, document.sample_id) for row in rows for document in row for item in document.media]
+    tiles, take_K = gather(pictures) if pictures else ((), None)
     put_K = places_F.nonzero().squeeze(1)
     next_N = trains_F.nonzero().squeeze(1)
     return Batch(
         input_ids=ids_F.view(len(rows), length),
         labels=labels_F.view(len(rows), length),
         position_ids=(torch.arange(len(ids_F)) - starts_D.repeat_interleave(sizes_D)).view(len(rows), length),
-        pixel_values=_stack(pictures) if pictures else None,
-        # All pictures of a batch have one size, hence one S, and every embedding is used: take is 0 .. I*S-1.
-        image_take=torch.arange(len(put_K)) if pictures else None,
+        pixel_values=None if not pictures else tiles[0] if len(tiles) == 1 else tiles,
+        image_take=take_K,
         image_put=put_K if pictures else None,
         # No document's first label trains, so the position before a target is always in the same document.
         target_index=next_N - 1,
@@ -143,23 +144,38 @@ def _check_places(
             )
 
 
-def _stack(pictures: Sequence[tuple[MediaItem, str]]) -> Tensor:
-    """float32 [I, 3, H, W]; all of one size."""
-    first, first_id = pictures[0]
+def gather(pictures: Sequence[tuple[MediaItem, str]]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """All tiles of some pictures, and which embedding goes to each placeholder; see ``model.layout``.
+
+    Args:
+        pictures: in reading order, each with the id of its sample.
+
+    Raises:
+        DataError: tiles of one size that take different numbers of tokens; names the samples.
+    """
+    first: dict[torch.Size, tuple[int, str]] = {}
+    found = []
     for item, sample_id in pictures:
-        if item.values.shape != first.values.shape or item.tokens != first.tokens:
-            raise DataError(
-                f"{sample_id}: a picture of {list(item.values.shape)} and {item.tokens} tokens in a batch "
-                f"with one of {list(first.values.shape)} and {first.tokens} tokens ({first_id}); expected "
-                f"one size. Encode all with one processor"
-            )
-    return torch.stack([item.values for item, _ in pictures])
+        counts = item.tile_tokens or (item.tokens,)
+        for tile, tokens in zip(item.tiles, counts, strict=True):
+            known, known_id = first.setdefault(tile.shape, (tokens, sample_id))
+            if known != tokens:
+                raise DataError(
+                    f"{sample_id}: a tile of {list(tile.shape)} and {tokens} tokens in a batch with one of "
+                    f"{known} tokens ({known_id}); expected one number for one size. Encode all with one "
+                    f"processor"
+                )
+        found.append(Picture(item.tiles, counts, item.order))
+    return lay_out(found)
 
 
 def _targets(pictures: Sequence[tuple[MediaItem, str]]) -> Tensor | None:
-    """int64 [I, S, heads] if every picture has them, else None."""
-    targets = [item.targets for item, _ in pictures if item.targets is not None]
+    """int64 [I, S, heads] if every picture has them and is one tile, all of one size, else None."""
+    targets = [item.targets for item, _ in pictures if item.targets is not None and item.order is None]
     if not targets or len(targets) < len(pictures):
+        return None
+    # Tiles of two sizes lie apart, size by size, also where both take equally many tokens.
+    if len({item.tiles[0].shape for item, _ in pictures}) > 1:
         return None
     for (_, sample_id), target in zip(pictures, targets, strict=True):
         if target.shape != targets[0].shape:

@@ -295,11 +295,13 @@ class _Shape(NamedTuple):
     """A ``MediaItem`` without its tensors."""
 
     kind: Literal["image"]
-    values: torch.Size
+    tiles: tuple[torch.Size, ...]
     grid: tuple[int, ...]
     tokens: int
     patches: int
     targets: torch.Size | None
+    tile_tokens: tuple[int, ...]
+    order: NDArray[np.int64] | None
 
 
 def _bundle(chunk: list[Encoded | _Bad]) -> _Bundle:
@@ -313,7 +315,7 @@ def _bundle(chunk: list[Encoded | _Bad]) -> _Bundle:
         _flat([item.ids for item in good], torch.int64).numpy(),
         _flat([item.labels for item in good], torch.int64).numpy(),
         _flat([medium.targets for medium in media if medium.targets is not None], torch.int64).numpy(),
-        _flat([medium.values for medium in media], torch.float32),
+        _flat([tile for medium in media for tile in medium.tiles], torch.float32),
     )
 
 
@@ -327,14 +329,29 @@ def _unbundle(bundle: _Bundle) -> Iterator[Encoded | _Bad]:
         sample_id, length, shapes = item
         media = []
         for shape in shapes:
-            end = values_at + shape.values.numel()
-            # A copy: a view would keep the whole chunk in shared memory while one sample waits in a row.
-            values, values_at = bundle.values[values_at:end].clone().view(shape.values), end
+            tiles = []
+            for size in shape.tiles:
+                end = values_at + size.numel()
+                # A copy: a view would keep the whole chunk in shared memory while a sample waits in a row.
+                tiles.append(bundle.values[values_at:end].clone().view(size))
+                values_at = end
             target = None
             if shape.targets is not None:
                 end = targets_at + shape.targets.numel()
                 target, targets_at = targets[targets_at:end].view(shape.targets), end
-            media.append(MediaItem(shape.kind, values, shape.grid, shape.tokens, shape.patches, target))
+            order = None if shape.order is None else torch.from_numpy(shape.order)
+            media.append(
+                MediaItem(
+                    shape.kind,
+                    tuple(tiles),
+                    shape.grid,
+                    shape.tokens,
+                    shape.patches,
+                    target,
+                    shape.tile_tokens,
+                    order,
+                )
+            )
         end = at + length
         yield Encoded(ids[at:end], labels[at:end], tuple(media), sample_id)
         at = end
@@ -342,7 +359,16 @@ def _unbundle(bundle: _Bundle) -> Iterator[Encoded | _Bad]:
 
 def _shape(item: MediaItem) -> _Shape:
     targets = None if item.targets is None else item.targets.shape
-    return _Shape(item.kind, item.values.shape, item.grid, item.tokens, item.patches, targets)
+    return _Shape(
+        item.kind,
+        tuple(tile.shape for tile in item.tiles),
+        item.grid,
+        item.tokens,
+        item.patches,
+        targets,
+        item.tile_tokens,
+        None if item.order is None else item.order.numpy(),
+    )
 
 
 def _flat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:

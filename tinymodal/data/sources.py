@@ -32,7 +32,8 @@ from tinymodal.core.types import Sample
 from tinymodal.data.convert import CONVERTERS, Convert, Folders
 
 WINDOW = 8
-"""Row groups of parquet that are shuffled together, and that stay decoded in memory."""
+"""Row groups of parquet that are shuffled together, and that stay decoded in memory, of all files of a
+source."""
 
 
 class Source(Protocol):
@@ -50,6 +51,10 @@ class Rows:
         self.files = tuple(files)
         self.convert = convert
         self.images = images
+        self.decoded = _Decoded()
+        for file in self.files:
+            if isinstance(file, _ParquetRows):
+                file.decoded = self.decoded
         self._ends = list(accumulate(len(file) for file in self.files))
 
     def __len__(self) -> int:
@@ -271,20 +276,43 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+class _Decoded:
+    """The ``WINDOW`` row groups that were read last, of whichever files share it."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_groups": OrderedDict()}  # a worker decodes its own
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def group(self, path: Path, number: int) -> Any:
+        """A row group as a table; ``OSError`` or ``ValueError`` if it cannot be read."""
+        key = path, number
+        if key not in self._groups:
+            with _parquet(path) as file:
+                # One thread: a pool of threads does not survive the fork of a worker.
+                self._groups[key] = file.read_row_group(number, use_threads=False)
+            if len(self._groups) > WINDOW:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+
 class _ParquetRows:
-    """Rows of a parquet file; the last ``WINDOW`` row groups stay decoded."""
+    """Rows of a parquet file; ``decoded`` is given by the source it belongs to."""
+
+    decoded: _Decoded
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._groups: OrderedDict[int, Any] = OrderedDict()
         with _parquet(path) as file:
             self.blocks: tuple[int, ...] | None = tuple(
                 file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)
             )
         self._ends = list(accumulate(self.blocks))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": OrderedDict()}  # a worker decodes its own
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -293,20 +321,14 @@ class _ParquetRows:
         return n + 1
 
     def row(self, n: int) -> Any:
-        group = bisect_right(self._ends, n)
-        if group not in self._groups:
-            try:
-                with _parquet(self.path) as file:
-                    # One thread: a pool of threads does not survive the fork of a worker.
-                    self._groups[group] = file.read_row_group(group, use_threads=False)
-            except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-                raise DataError(
-                    f"{self.path}:{n + 1}: cannot be read ({_line(error)}); expected a whole file. Restore it"
-                ) from error
-            if len(self._groups) > WINDOW:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(group)
-        return self._groups[group].slice(n - (self._ends[group - 1] if group else 0), 1).to_pylist()[0]
+        number = bisect_right(self._ends, n)
+        try:
+            group = self.decoded.group(self.path, number)
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+            raise DataError(
+                f"{self.path}:{n + 1}: cannot be read ({_line(error)}); expected a whole file. Restore it"
+            ) from error
+        return group.slice(n - (self._ends[number - 1] if number else 0), 1).to_pylist()[0]
 
 
 def _parquet(path: Path) -> Any:

@@ -44,13 +44,12 @@ def yes_no(text: str) -> Literal["yes", "no"]:
 def number(text: str) -> float | None:
     """The first number in the reply, in digits or as a word from zero to ten; None where there is none.
 
-    Commas between thousands are read over. Source: the words are those of the VQA scorers' table of numbers
-    (https://visualqa.org/evaluation.html); taking the first is ours.
+    Commas between thousands are read over; at any other comma a number ends (``1,2345`` is 1). A hyphen
+    behind a letter or a digit is no minus (``step-3`` is 3). Source: the words are those of the VQA scorers'
+    table of numbers (https://visualqa.org/evaluation.html); taking the first is ours.
     """
-    words = "|".join(NUMBER_WORDS)
-    found = re.search(
-        rf"(?<![\w.])-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|-?\d+(?:\.\d+)?|\b(?:{words})\b", text.lower()
-    )
+    digits = r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?"
+    found = re.search(rf"{digits}|\b(?:{'|'.join(NUMBER_WORDS)})\b", text.lower())
     if found is None:
         return None
     said = found.group()

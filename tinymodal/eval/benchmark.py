@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tinymodal.core.errors import DataError
 from tinymodal.core.types import Sample
 
 
@@ -35,26 +36,32 @@ class Score:
     """The question's ``meta``; filled in by the run, a scorer leaves it empty."""
 
 
+MEAN = "mean"
+"""Names the number that a benchmark is known by; no category may be called so."""
+
 Reducer = Callable[[Sequence[Score]], dict[str, float]]
 
 
 def mean(scores: Sequence[Score]) -> dict[str, float]:
     """``{"mean": ...}`` over all scores; empty where there is none."""
-    return {"mean": sum(score.value for score in scores) / len(scores)} if scores else {}
+    return {MEAN: sum(score.value for score in scores) / len(scores)} if scores else {}
 
 
 def by_category(key: str) -> Reducer:
     """A mean per value of ``meta[key]``, in order of appearance, and ``mean``: the unweighted mean of those.
 
-    Unweighted, so that a category with many questions does not drown the others.
+    Unweighted, so that a category with many questions does not drown the others. A category that is itself
+    called ``mean`` is a ``DataError``.
     """
 
     def reduce(scores: Sequence[Score]) -> dict[str, float]:
         groups: dict[str, list[float]] = {}
         for score in scores:
             groups.setdefault(score.meta.get(key, "other"), []).append(score.value)
+        if MEAN in groups:
+            raise DataError(f"a question's {key} is {MEAN!r}, which names the mean of all; rename the {key}.")
         means = {name: sum(values) / len(values) for name, values in groups.items()}
-        return means | {"mean": sum(means.values()) / len(means)} if means else {}
+        return means | {MEAN: sum(means.values()) / len(means)} if means else {}
 
     return reduce
 

@@ -1,17 +1,16 @@
 """Run benchmarks: ask, score, write every prompt, reply and score down, and print the table.
 
-``FOLDER/NAME.jsonl`` gets one row per question as it is answered. A run that was stopped goes on where it
-was; rows of another model, or of other settings, are asked again, never mixed in: each row carries the mark
-of its run. ``FOLDER/results.json`` gets the numbers.
+``FOLDER/NAME.replies.jsonl`` gets one row per question as it is answered. A run that was stopped goes on
+where it was; what another model said, or the same one with other settings or about another question or
+picture, is asked again, never mixed in. ``FOLDER/results.json`` gets the numbers, those of one model. See
+:mod:`tinymodal.eval.folder`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,17 @@ from tinymodal.core.errors import DataError
 from tinymodal.core.log import Progress, say
 from tinymodal.core.lookup import find
 from tinymodal.eval.benchmark import Benchmark, Question, Score, best_constants
+from tinymodal.eval.folder import (
+    RESULTS,
+    alone,
+    digest,
+    fingerprint,
+    line,
+    read_rows,
+    read_summaries,
+    replies_path,
+)
+from tinymodal.eval.folder import write_atomically as write_atomically
 from tinymodal.eval.tasks.rows import SUFFIXES, from_file
 from tinymodal.eval.tasks.table import TASKS
 
@@ -50,6 +60,8 @@ class Result:
     benchmark: Benchmark
     answered: tuple[Answered, ...]
     limit: int | None
+    mark: str
+    """Of the model, see :func:`fingerprint`."""
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -68,6 +80,7 @@ class Result:
                 kind: {"answer": c.answer, "accuracy": c.accuracy} for kind, c in constants.items()
             },
             "source": self.benchmark.source,
+            "run": self.mark,
         }
 
 
@@ -76,17 +89,40 @@ def benchmark(name: str) -> Benchmark:
 
     Raises:
         RecipeError: nobody knows the name, or what it names is no benchmark.
-        DataError: the file of rows is not there.
+        DataError: the file of rows is not there, or is called as a built-in benchmark is.
     """
     path = Path(name)
     if name not in TASKS and path.suffix in SUFFIXES:
         if not path.is_file():
             raise DataError(f"{name}: no such file; expected rows of image, question and answer.")
-        return from_file(path)
-    found = find(name, TASKS, "benchmark")
+        found = from_file(path)
+    else:
+        found = find(name, TASKS, "benchmark")
     if not isinstance(found, Benchmark):
         raise DataError(f"{name}: expected a Benchmark(...), found {type(found).__name__}.")
+    if TASKS.get(found.name, found) is not found:
+        raise DataError(
+            f"{name}: is called {found.name!r}, as a built-in benchmark is; expected another name. Rename it."
+        )
     return found
+
+
+def benchmarks(names: Sequence[str]) -> list[Benchmark]:
+    """All that ``--on`` names, in order.
+
+    Raises:
+        RecipeError: as :func:`benchmark`.
+        DataError: as :func:`benchmark`; or two have one name, under which both would be written.
+    """
+    found: dict[str, tuple[str, Benchmark]] = {}
+    for name in names:
+        each = benchmark(name)
+        if each.name in found:
+            first = found[each.name][0]
+            both = f"{name}: named twice" if first == name else f"{first} and {name}: both are {each.name!r}"
+            raise DataError(f"{both}; expected benchmarks of different names. Rename one, or leave it out.")
+        found[each.name] = name, each
+    return [each for _, each in found.values()]
 
 
 def evaluate(
@@ -108,16 +144,23 @@ def evaluate(
 
     Raises:
         RecipeError: an unknown benchmark.
-        DataError: a question that cannot be read.
+        DataError: a question that cannot be read; two benchmarks of one name; a folder that another process
+            writes into, or that holds other things under our files' names.
     """
     from tinymodal.infer.engine import Engine
 
-    benchmarks = [benchmark(name) for name in names]
+    found = benchmarks(names)
     engine = Engine(composed)
-    results = [run(each, engine, folder, limit=limit, batch_size=batch_size) for each in benchmarks]
-    path = folder / "results.json"
-    told = _read_json(path) | {result.benchmark.name: result.summary() for result in results}
-    write_atomically(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    path = folder / RESULTS
+    with alone(folder):
+        for each in found:
+            read_rows(replies_path(folder, each.name))  # refused now, not when its turn comes in an hour
+        told = read_summaries(path)
+        results = [_ask(each, engine, folder, limit, batch_size, each.name) for each in found]
+        told |= {result.benchmark.name: result.summary() for result in results}
+        mark = fingerprint(engine)  # numbers of other weights would be taken for this model's
+        told = {name: summary for name, summary in told.items() if summary["run"] == mark}
+        write_atomically(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return results
 
 
@@ -135,54 +178,17 @@ def run(
     Args:
         benchmark: what to ask.
         engine: who answers.
-        folder: gets ``NAME.jsonl``.
+        folder: gets ``NAME.replies.jsonl``.
         limit: the first N questions only.
         batch_size: questions answered together.
         title: what the progress bar says; the benchmark's name if None.
 
     Raises:
-        DataError: a question that cannot be read, or none at all.
+        DataError: a question that cannot be read, or none at all; a folder that another process writes into;
+            a file of the name of ours that is not ours.
     """
-    from tinymodal.infer.engine import Sampling
-
-    questions = list(itertools.islice(benchmark.load(), limit))
-    if not questions:
-        raise DataError(f"{benchmark.name}: no questions; expected at least one.")
-    if len({question.sample.id for question in questions}) < len(questions):
-        raise DataError(f"{benchmark.name}: two questions have one id, so replies could not be told apart.")
-    sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
-    mark = fingerprint(engine, benchmark.max_new_tokens)
-    path = folder / f"{benchmark.name}.jsonl"
-    replies = _kept(path, mark, questions)
-    left = [question for question in questions if question.sample.id not in replies]
-    if replies and left:
-        say(f"{path}: {len(replies):,} of {len(questions):,} questions were already answered; going on")
-    name = title or benchmark.name
-    with Progress(name, len(questions), "questions", start=len(replies)) as progress, path.open("a") as file:
-        for start in range(0, len(left), SAVE_EVERY):
-            chunk = left[start : start + SAVE_EVERY]
-            said = engine.reply([q.sample for q in chunk], sampling, batch_size, done=progress.advance)
-            for question, reply in zip(chunk, said, strict=True):
-                score = _score(benchmark, question, reply.text)
-                row = {
-                    "id": question.sample.id,
-                    "prompt": reply.prompt,
-                    "reply": reply.text,
-                    "stopped_by": reply.stopped_by,
-                    "answer": question.answer,
-                    "parsed": score.parsed,
-                    "score": score.value,
-                    "meta": dict(question.meta),
-                    "run": mark,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                replies[question.sample.id] = reply.text
-            file.flush()
-    answered = []
-    for question in questions:
-        text = replies[question.sample.id]
-        answered.append(Answered(question, text, _score(benchmark, question, text)))
-    return Result(benchmark, tuple(answered), limit)
+    with alone(folder):
+        return _ask(benchmark, engine, folder, limit, batch_size, title or benchmark.name)
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
@@ -193,72 +199,101 @@ def tables(results: Sequence[Result]) -> list[Table]:
     return [_table(group) for group in groups.values()]
 
 
-def fingerprint(engine: Engine, max_new_tokens: int) -> str:
-    """16 hex digits that change with the weights, the template and the length of a reply.
+def _ask(
+    benchmark: Benchmark, engine: Engine, folder: Path, limit: int | None, batch_size: int, title: str
+) -> Result:
+    """:func:`run`, in a folder that is ours alone."""
+    from tinymodal.infer.engine import Sampling
 
-    Every tensor is sampled at up to 64 places: any step of training changes nearly all of them, and a model
-    of several gigabytes is read in a moment.
-    """
-    import torch
+    questions = list(itertools.islice(benchmark.load(), limit))
+    _check(benchmark, questions)
+    sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
+    mark = fingerprint(engine)
+    of_run = f"{mark}/{benchmark.max_new_tokens}"
+    path = replies_path(folder, benchmark.name)
+    replies = _kept(path, of_run, benchmark, questions)
+    left = [question for question in questions if question.sample.id not in replies]
+    if replies and left:
+        say(f"{path}: {len(replies):,} of {len(questions):,} questions were already answered; going on")
+    with (
+        Progress(title, len(questions), "questions", start=len(replies)) as progress,
+        path.open("a", encoding="utf-8") as file,
+    ):
+        for start in range(0, len(left), SAVE_EVERY):
+            chunk = left[start : start + SAVE_EVERY]
+            said = engine.reply([q.sample for q in chunk], sampling, batch_size, done=progress.advance)
+            for question, reply in zip(chunk, said, strict=True):
+                row = {
+                    "id": question.sample.id,
+                    "prompt": reply.prompt,
+                    "reply": reply.text,
+                    "stopped_by": reply.stopped_by,
+                    **_scored(benchmark, question, reply.text),
+                    "digest": digest(question),
+                    "run": of_run,
+                }
+                file.write(line(row))
+                replies[question.sample.id] = reply.text
+            file.flush()
+    answered = []
+    for question in questions:
+        text = replies[question.sample.id]
+        answered.append(Answered(question, text, _score(benchmark, question, text)))
+    return Result(benchmark, tuple(answered), limit, mark)
 
-    digest = hashlib.sha256(f"{engine.encoder.template.name}/{max_new_tokens}".encode())
-    for name, tensor in engine.model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        places = torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat)), dtype=torch.float64).long()
-        digest.update(name.encode() + flat[places.to(flat.device)].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing: a kill leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+def _check(benchmark: Benchmark, questions: Sequence[Question]) -> None:
+    """Refuse questions whose replies could not be told apart, or not be written down."""
+    if not questions:
+        raise DataError(f"{benchmark.name}: no questions; expected at least one.")
+    if len({question.sample.id for question in questions}) < len(questions):
+        raise DataError(f"{benchmark.name}: two questions have one id, so replies could not be told apart.")
+    for question in questions:
+        words = "".join((question.sample.id, question.answer, *question.meta.values()))
+        broken = next((c for c in words if "\ud800" <= c <= "\udfff"), None)
+        if broken is not None:
+            raise DataError(
+                f"{question.sample.id}: answer or kind holds half a character (U+{ord(broken):04X}), which "
+                f"no file can hold; it was cut inside an emoji or decoded wrongly. Mend the row."
+            )
 
 
 def _score(benchmark: Benchmark, question: Question, reply: str) -> Score:
     return replace(benchmark.score(question, reply), meta=question.meta)
 
 
-def _kept(path: Path, mark: str, questions: Iterable[Question]) -> dict[str, str]:
+def _scored(benchmark: Benchmark, question: Question, reply: str) -> dict[str, Any]:
+    """The part of a row that a reply's score decides."""
+    score = _score(benchmark, question, reply)
+    return {
+        "answer": question.answer,
+        "parsed": score.parsed,
+        "score": score.value,
+        "meta": dict(question.meta),
+    }
+
+
+def _kept(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Question]) -> dict[str, str]:
     """Replies of an earlier run that still hold, by question id; the file then holds exactly their rows.
 
-    A row counts where model, settings, question and answer are the same. Rows of the same model about
-    questions that are not asked now (``--limit``) stay in the file. The half line that a kill leaves does
-    not.
+    A row counts where model, settings, question and answer are the same; its score is that of now. Rows of
+    the same model about questions that are not asked now (``--limit``) stay in the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    expected = {question.sample.id: question.answer for question in questions}
+    asked = {question.sample.id: question for question in questions}
     kept: dict[str, str] = {}
     lines = []
-    # Not splitlines(): a reply may hold one of the rarer line ends that it cuts at.
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        row = _json_object(line)
-        name = str(row.get("id"))
-        if (
-            row.get("run") != mark
-            or name in kept
-            or expected.get(name, row.get("answer")) != row.get("answer")
-        ):
+    for row in read_rows(path):
+        name, question = row["id"], asked.get(row["id"])
+        if row["run"] != of_run or name in kept:
             continue
-        lines.append(line + "\n")
-        if name in expected:
+        if question is not None:
+            if (row["answer"], row["digest"]) != (question.answer, digest(question)):
+                continue
+            row |= _scored(benchmark, question, row["reply"])
             kept[name] = row["reply"]
+        lines.append(line(row))
     write_atomically(path, "".join(lines))
     return kept
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _json_object(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _table(group: Sequence[Result]) -> Table:

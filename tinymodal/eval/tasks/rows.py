@@ -1,8 +1,8 @@
 """Your own questions, by exact match: a .json, .jsonl or .parquet file of rows.
 
 A row is ``{"image", "question", "answer"}``. ``image`` is a path beside the file, a list of them, or null.
-Rows with a ``kind`` are also told apart by it. Where exact match is not the right score, write a
-``my_bench.py`` with a ``BENCHMARK`` of your own instead.
+Rows with a ``kind`` (any word but ``mean``) are also told apart by it. Where exact match is not the right
+score, write a ``my_bench.py`` with a ``BENCHMARK`` of your own instead.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tinymodal.core.errors import DataError
 from tinymodal.core.types import Text
 from tinymodal.eval.answers import exact
-from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category, mean
+from tinymodal.eval.benchmark import MEAN, Benchmark, Question, Score, by_category, mean
 
 MAX_NEW_TOKENS = 64
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -44,6 +45,11 @@ def _questions(path: Path) -> Iterator[Question]:
         *asked, told = sample.messages
         answer = "".join(part.text for part in told.parts if isinstance(part, Text))
         kind = rows.row(i).get("kind")
+        if str(kind) == MEAN:
+            raise DataError(
+                f"{sample.id}: kind is {MEAN!r}, which names the mean of all kinds; expected another word. "
+                f"Rename it"
+            )
         yield Question(replace(sample, messages=tuple(asked)), answer, {"kind": str(kind)} if kind else {})
 
 

@@ -1,0 +1,179 @@
+"""The folder of an evaluation: what lies in it, whose it is, and who may write there.
+
+``NAME.replies.jsonl`` holds a row per question, ``results.json`` the numbers. A row carries the mark of the
+run that wrote it (:func:`fingerprint`) and the digest of its question (:func:`digest`): what either of them
+no longer fits is not used again. A file of these names that holds anything else is somebody's own; it is left
+alone, with a sentence. One process at a time writes into a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinymodal.chat.template import TokenizerTemplate
+from tinymodal.core.errors import DataError
+from tinymodal.core.log import say
+from tinymodal.core.types import Part, Text
+from tinymodal.eval.benchmark import Question
+
+if TYPE_CHECKING:
+    from tinymodal.infer.engine import Engine
+
+RESULTS = "results.json"
+LOCK = ".eval.lock"
+"""Empty; held by the process that writes into the folder."""
+ROW = ("id", "prompt", "reply", "stopped_by", "answer", "parsed", "score", "meta", "digest", "run")
+"""What a row of replies holds, in this order: ours are known by it."""
+SUMMARY = ("metric", "numbers", "questions", "limit", "best_constant", "source", "run")
+"""What the results tell of each benchmark: ours are known by it."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into ``folder``: two would lose each other's rows.
+
+    Raises:
+        DataError: another one is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{folder}: another process writes its replies there; expected to be alone. Wait for it, or "
+                f"give another folder with --out."
+            ) from error
+        except OSError:
+            say(f"{folder}: this file system has no locks; let one process at a time write there")
+        yield
+
+
+def replies_path(folder: Path, name: str) -> Path:
+    """Where the replies to the benchmark called ``name`` go; never the file that its questions are in."""
+    return folder / f"{name}.replies.jsonl"
+
+
+def line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of earlier runs, without the half line that a kill leaves; none where there is no file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    if not path.exists():
+        return []
+    # Not splitlines(): a reply may hold one of the rarer line ends that it cuts at. And a kill may cut inside
+    # a character.
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [_json_object(text) for text in lines]
+    if whole := _json_object(last):
+        rows.append(whole)
+    begun = f'{{"{ROW[0]}": '
+    half_is_ours = bool(whole) or last[: len(begun)] == begun[: len(last)]
+    if not half_is_ours or not all(row.keys() >= set(ROW) for row in rows):
+        raise _not_ours(path, "replies")
+    return rows
+
+
+def read_summaries(path: Path) -> dict[str, dict[str, Any]]:
+    """What ``results.json`` tells of each benchmark, by name; nothing where there is no file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    told = _json_object(path.read_text(encoding="utf-8", errors="replace"))
+    if not told or not all(isinstance(one, dict) and one.keys() >= set(SUMMARY) for one in told.values()):
+        raise _not_ours(path, "results")
+    return told
+
+
+def _not_ours(path: Path, what: str) -> DataError:
+    return DataError(
+        f"{path}: holds something of somebody's own; expected {what} of an earlier run, to go on with. Move "
+        f"it away, or give another folder with --out."
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing: a kill leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def fingerprint(engine: Engine) -> str:
+    """16 hex digits that change with the weights, and with how conversations and pictures are prepared.
+
+    Every tensor is sampled at up to 64 places: any step of training changes nearly all of them, and a model
+    of several gigabytes is read in a moment.
+    """
+    import torch
+
+    template = engine.encoder.template
+    # One that is data tells all of itself; the tokenizer's own is known by its source.
+    written = template.to_jinja() if isinstance(template, TokenizerTemplate) else repr(template)
+    seen = engine.encoder.processor.image_processor.to_dict()
+    # The tower is in the weights; its config also names versions, and folders of one machine.
+    seen = {key: value for key, value in seen.items() if key not in ("auto_map", "vision_config")}
+    seen["feature_layer"] = engine.model.config.feature_layer
+    found = hashlib.sha256(f"{written}\n{json.dumps(seen, sort_keys=True)}\n".encode())
+    for name, tensor in engine.model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat)), dtype=torch.float64).long()
+        found.update(name.encode() + flat[places.to(flat.device)].double().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def digest(question: Question) -> str:
+    """16 hex digits that change with what a question says and shows: words and pictures, not their names.
+
+    Raises:
+        DataError: a picture that cannot be read.
+    """
+    found = hashlib.sha256()
+    for message in question.sample.messages:
+        found.update(f"{message.role} {len(message.parts)}\n".encode())
+        for part in message.parts:
+            try:
+                kind, content = _content(part)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{question.sample.id}: {error}") from error
+            found.update(f"{kind} {len(content)}\n".encode() + content)
+    return found.hexdigest()[:16]
+
+
+def _content(part: Part) -> tuple[str, bytes]:
+    """What a part is, and its bytes: those of words, of a picture's file, or of a decoded one's pixels."""
+    from tinymodal.model.image import load_image
+
+    if isinstance(part, Text):
+        return "text", part.text.encode("utf-8", "surrogatepass")
+    limits = f"{part.max_tiles} {part.fit_pixels}"
+    if isinstance(part.source, Path):
+        return f"file {limits}", part.source.read_bytes()
+    if isinstance(part.source, bytes):
+        return f"file {limits}", part.source
+    upright = load_image(part.source)
+    return f"pixels {upright.size} {limits}", upright.tobytes()
