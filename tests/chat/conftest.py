@@ -13,11 +13,13 @@ from tinymodal.compose.tiny import tiny_tokenizer
 
 @dataclass
 class FakePrepared:
-    values: torch.Tensor
+    tiles: tuple[torch.Tensor, ...]
     grid: tuple[int, int]
-    feature_grid: tuple[int, int]
+    feature_grids: tuple[tuple[int, int], ...]
     tokens: int
     patches: int
+    tile_tokens: tuple[int, ...]
+    order: list[int] | None = None
 
 
 @dataclass
@@ -31,11 +33,12 @@ class FakeProcessor:
     def image_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
-    def prepare(self, source: bytes) -> FakePrepared:
+    def prepare(self, source: bytes, number: int = 0, **limits: Any) -> FakePrepared:
         if not source.isdigit():
             raise ValueError(f"{source!r} is not a picture")
         edge = int(source)
-        return FakePrepared(torch.zeros(3, 4, 4), (edge, edge), (2 * edge, 2 * edge), edge**2, 4 * edge**2)
+        tile, tokens = torch.zeros(3, 4, 4), edge**2
+        return FakePrepared((tile,), (edge, edge), ((2 * edge, 2 * edge),), tokens, 4 * tokens, (tokens,))
 
 
 @pytest.fixture(scope="session")

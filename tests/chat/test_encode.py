@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.chat.conftest import FakeProcessor
 from tinymodal.chat.encode import Encoder, bare_tokenizer
-from tinymodal.chat.template import TEMPLATES, alternatives, template_for
+from tinymodal.chat.template import alternatives, template_for
 from tinymodal.compose.tiny import SPECIAL, tiny_tokenizer
 from tinymodal.core.errors import CheckpointError, DataError
 from tinymodal.core.types import IGNORE, Image, Message, Sample, Text
@@ -148,7 +148,7 @@ def test_what_trains_is_exactly_the_assistants_words_and_stop(processor, name, d
     assert encoded.labels[0] == IGNORE
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", ["plain", "vicuna_v1", "chatml"])  # all of them: test_families.py
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_ids_equal_apply_chat_template_of_the_jinja(anyone, name, data):

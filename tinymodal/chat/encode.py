@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import pairwise, repeat
+from itertools import groupby, pairwise, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -174,7 +174,11 @@ class Encoder:
         prepared = []
         for n, part in enumerate(sample.media(), 1):
             try:
-                prepared.append(self.processor.prepare(part.source))
+                prepared.append(
+                    self.processor.prepare(
+                        part.source, number=n - 1, max_tiles=part.max_tiles, fit_pixels=part.fit_pixels
+                    )
+                )
             except (ValueError, OSError) as error:
                 raise DataError(f"{sample.id}: picture {n}: {error}") from error
         return prepared
@@ -292,7 +296,16 @@ class Encoder:
                     f"connector."
                 )
             targets = torch.tensor(part.targets)
-        return MediaItem("image", image.values, image.grid, image.tokens, image.patches, targets)
+        return MediaItem(
+            "image",
+            image.tiles,
+            image.grid,
+            image.tokens,
+            image.patches,
+            targets,
+            image.tile_tokens,
+            None if image.order is None else tensor(image.order),
+        )
 
 
 def tensor(numbers: list[int]) -> Tensor:
@@ -356,8 +369,17 @@ def first_turn(sample: Sample) -> int:
 
 
 def picture(image: PreparedImage) -> str:
-    """``[image: 6x6 -> 9 tokens]``: the tower's grid, and what the connector makes of it."""
-    return f"[image: {'x'.join(map(str, image.feature_grid))} -> {image.tokens} tokens]"
+    """``[image: 6x6 -> 9 tokens]``: the tower's grid, and what the connector makes of it.
+
+    A picture of several tiles is ``[image: 5 of 24x24 -> 2,340 tokens]``.
+    """
+    return f"[image: {seen_by_tower(image.feature_grids)} -> {image.tokens:,} tokens]"
+
+
+def seen_by_tower(feature_grids: Sequence[tuple[int, ...]]) -> str:
+    """The grids of a picture's tiles in words, equal neighbours together: ``5 of 24x24``."""
+    runs = [("x".join(map(str, grid)), len(list(same))) for grid, same in groupby(feature_grids)]
+    return " + ".join(grid if same == 1 else f"{same} of {grid}" for grid, same in runs)
 
 
 def bare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -1,210 +1,37 @@
-"""How a conversation is written as one text, and which of its characters train.
+"""Find a template by its name, and read the one that a tokenizer carries.
 
-A template is data: what stands before and after the words of each role. It renders a whole conversation at
-once and says where the trained spans lie, so nobody ever tokenizes a prefix and counts. The tokenizer's own
-Jinja template is the one exception: there the spans are found by rendering text prefixes, and a template
-whose prefixes do not match is refused instead of guessed at.
-
-Three rules hold for every template:
-
-* A trained span is the assistant's words and the stop that ends them, so the model learns to stop.
-* Pictures that open a message are followed by one newline before its words, as LLaVA writes them; a picture
-  inside a sentence stays where it is.
-* Texts are never stripped or otherwise changed (a tokenizer's own Jinja may do so).
+The tokenizer's own Jinja template is the one that is not data (see ``form.py``): there the trained spans are
+found by rendering text prefixes, and a template whose prefixes do not match is refused instead of guessed at.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tinymodal.chat.families import ALIASES, PUBLISHED, TEMPLATES
+from tinymodal.chat.form import ChatTemplate, Rendered, Span, Turn, alternatives, has_token, write, writes_bos
 from tinymodal.core.lookup import find
-from tinymodal.core.types import Image, Message, Part, Role
+from tinymodal.core.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as one text. ``spans`` are the (start, end) characters that train: in order, apart."""
-
-    text: str
-    spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What stands around the words of one role."""
-
-    head: str = ""
-    """Announces the role. The assistant's head is where a reply begins."""
-    lead: str = ""
-    """Before the words, but part of what trains: the space that a tokenizer joins to the first word."""
-    tail: str = ""
-    """Ends the words, and trains with them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChatTemplate:
-    """How one family of models writes a conversation.
-
-    ``{bos}`` and ``{eos}`` stand for the tokenizer's own words until :meth:`bind` puts them in.
-    """
-
-    name: str
-    turns: Mapping[Role, Turn]
-    after: str = ""
-    """Follows every turn and never trains."""
-    system: str = ""
-    """The system's words where the conversation has none of its own; empty: then there is no system turn."""
-    start: str = "{bos}"
-    """Opens the text. ``{bos}`` is empty for a tokenizer that does not begin its texts with one."""
-    control: tuple[str, ...] = ()
-    """Words that must be single tokens, and that nobody may write in a message."""
-    stops: tuple[str, ...] = ()
-    """A reply ends where one of these is generated."""
-    captions_only: bool = False
-    """Write the pictures and the answer and leave the question out: caption pretraining, one round."""
-
-    def bind(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """This template with the tokenizer's own words for ``{bos}`` and ``{eos}``.
-
-        Raises:
-            ValueError: if it needs an end-of-text token and the tokenizer has none.
-        """
-        eos = tokenizer.eos_token
-        if eos is None and any("{eos}" in stop for stop in self.stops):
-            raise ValueError(
-                f"template '{self.name}' ends a reply with the tokenizer's end-of-text token, and this "
-                f"tokenizer has none; use template 'chatml', or set eos_token in tokenizer_config.json"
-            )
-        words = {"{bos}": tokenizer.bos_token if writes_bos(tokenizer) else "", "{eos}": eos or ""}
-
-        def put(text: str) -> str:
-            for mark, word in words.items():
-                text = text.replace(mark, word)
-            return text
-
-        turns = {r: Turn(put(t.head), put(t.lead), put(t.tail)) for r, t in self.turns.items()}
-        control = tuple(put(word) for word in self.control)
-        stops = tuple(put(stop) for stop in self.stops)
-        return replace(self, turns=turns, start=put(self.start), control=control, stops=stops)
-
-    def render(
-        self, messages: Sequence[Message], placeholders: Iterator[str], reply: bool = False
-    ) -> Rendered:
-        """The conversation as one text.
-
-        Args:
-            messages: the turns, in an order that :class:`~tinymodal.chat.encode.Encoder` has checked.
-            placeholders: what is written for each picture, in reading order.
-            reply: end with the assistant's head, where a reply begins.
-
-        Raises:
-            ValueError: the conversation does not suit this template.
-        """
-        pieces, spans = [self.start], []
-        if self.captions_only:
-            messages = self._captions(messages)
-        elif self.system and messages[0].role != "system":
-            pieces.append(self._system_turn())
-        length = sum(map(len, pieces))
-        for message in messages:
-            turn = self.turns[message.role]
-            words = write(message.parts, placeholders, "" if self.captions_only else "\n")
-            begin = length + len(turn.head)
-            end = begin + len(turn.lead) + len(words) + len(turn.tail)
-            pieces += (turn.head, turn.lead, words, turn.tail, self.after)
-            length = end + len(self.after)
-            if message.trains and end > begin:
-                spans.append((begin, end))
-        if reply:
-            pieces.append(self.turns["assistant"].head)
-        return Rendered("".join(pieces), tuple(spans))
-
-    def to_jinja(self, image_token: str = "<image>") -> str:
-        """The same template for ``tokenizer.chat_template``, so that an exported model carries it.
-
-        Takes ``content`` as a string or as a list of ``{"type": "text"}`` and ``{"type": "image"}`` parts.
-        Equal to :meth:`render` by test.
-        """
-        quote = functools.partial(json.dumps, ensure_ascii=False)
-        lines = [f"{{{{- {quote(self.start)} -}}}}"] if self.start else []
-        if self.system and not self.captions_only:
-            lines += [
-                "{%- if not messages or messages[0]['role'] != 'system' -%}",
-                f"{{{{- {quote(self._system_turn())} -}}}}",
-                "{%- endif -%}",
-            ]
-        lines += ["{%- for message in messages -%}"]
-        for i, (role, turn) in enumerate(self.turns.items()):
-            lines += [
-                f"{{%- {'el' if i else ''}if message['role'] == '{role}' -%}}",
-                f"{{{{- {quote(turn.head + turn.lead)} -}}}}",
-            ]
-        lines += [
-            "{%- else -%}",
-            "{{- raise_exception('unknown role: ' + message['role']) -}}",
-            "{%- endif -%}",
-            "{%- set told = message['role'] == 'assistant' -%}"
-            if self.captions_only
-            else "{%- set told = true -%}",
-            "{%- if message['content'] is string -%}",
-            "{%- if told -%}{{- message['content'] -}}{%- endif -%}",
-            "{%- else -%}",
-            "{%- set seen = namespace(words=false, image=false) -%}",
-            "{%- for part in message['content'] -%}",
-            "{%- if part['type'] == 'image' -%}",
-            f"{{{{- {quote(image_token)} -}}}}{{%- set seen.image = true -%}}",
-            "{%- elif part['text'] and told -%}",
-        ]
-        if not self.captions_only:
-            lines += [
-                "{%- if seen.image and not seen.words and part['text'][0] != '\\n' -%}",
-                '{{- "\\n" -}}',
-                "{%- endif -%}",
-            ]
-        lines += [
-            "{%- set seen.words = true -%}{{- part['text'] -}}",
-            "{%- endif -%}",
-            "{%- endfor -%}",
-            "{%- endif -%}",
-        ]
-        for i, (role, turn) in enumerate(self.turns.items()):
-            lines += [
-                f"{{%- {'el' if i else ''}if message['role'] == '{role}' -%}}",
-                f"{{{{- {quote(turn.tail + self.after)} -}}}}",
-            ]
-        lines += ["{%- endif -%}", "{%- endfor -%}"]
-        head = self.turns["assistant"].head
-        if head:
-            lines += ["{%- if add_generation_prompt -%}", f"{{{{- {quote(head)} -}}}}", "{%- endif -%}"]
-        return "\n".join(lines)
-
-    def _system_turn(self) -> str:
-        turn = self.turns["system"]
-        return turn.head + turn.lead + self.system + turn.tail + self.after
-
-    def _captions(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Pictures of the question, then the answer."""
-        if sum(message.role == "assistant" for message in messages) > 1 or len(messages) > 3:
-            raise ValueError(
-                f"template '{self.name}' writes one picture and its caption, found {len(messages)} messages; "
-                f"use a chat template for conversations"
-            )
-        return [
-            m
-            if m.role == "assistant"
-            else replace(m, parts=tuple(p for p in m.parts if isinstance(p, Image)))
-            for m in messages
-        ]
+__all__ = [
+    "ALIASES",
+    "TEMPLATES",
+    "AnyTemplate",
+    "ChatTemplate",
+    "Rendered",
+    "TokenizerTemplate",
+    "Turn",
+    "alternatives",
+    "known_as",
+    "suggest",
+    "template_for",
+    "write",
+    "writes_bos",
+]
 
 
 class TokenizerTemplate:
@@ -217,6 +44,8 @@ class TokenizerTemplate:
     """
 
     name = "tokenizer"
+    stop_words: tuple[str, ...] = ()
+    """Its stops are tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Read the template.
@@ -329,98 +158,48 @@ class TokenizerTemplate:
 AnyTemplate = ChatTemplate | TokenizerTemplate
 
 
-def write(parts: Sequence[Part], placeholders: Iterator[str], after_images: str) -> str:
-    """The words of one message, a placeholder for each picture.
-
-    Args:
-        parts: texts and pictures in reading order; empty texts do not count.
-        placeholders: what is written for each picture.
-        after_images: written once between the pictures that open the message and its words, unless these
-            begin with it already.
-    """
-    pieces: list[str] = []
-    words = image = False
-    for part in parts:
-        if isinstance(part, Image):
-            pieces.append(next(placeholders))
-            image = True
-        elif part.text:
-            if image and not words and part.text[0] != after_images:
-                pieces.append(after_images)
-            pieces.append(part.text)
-            words = True
-    return "".join(pieces)
-
-
-def alternatives(words: Sequence[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of ``words``, the longest first; None for no words."""
-    return re.compile("|".join(re.escape(w) for w in sorted(words, key=len, reverse=True))) if words else None
-
-
-def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer begins its texts with its BOS (Llama does; Phi, Qwen and SmolLM do not)."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+def known_as(name: str) -> str:
+    """The name in :data:`TEMPLATES` for what another system calls ``name``; any other name as it is."""
+    return ALIASES.get(name, name)
 
 
 def template_for(name: str, tokenizer: PreTrainedTokenizerBase) -> AnyTemplate:
     """The template called ``name``, bound to ``tokenizer``.
 
     Args:
-        name: a key of :data:`TEMPLATES`, ``tokenizer``, or ``my_llm.py:TEMPLATE``.
+        name: a key of :data:`TEMPLATES` or :data:`ALIASES`, ``tokenizer``, or ``my_llm.py:TEMPLATE``.
         tokenizer: whose BOS and EOS are written.
 
     Raises:
         RecipeError: nobody knows the name.
         ValueError: the template does not suit the tokenizer.
     """
+    name = known_as(name)
     if name == TokenizerTemplate.name:
         return TokenizerTemplate(tokenizer)
-    template = find(name, {**TEMPLATES, TokenizerTemplate.name: None}, "template")
+    template = find(name, {**TEMPLATES, **ALIASES, TokenizerTemplate.name: None}, "template")
     if not isinstance(template, ChatTemplate):
         raise ValueError(f"template '{name}' must be a ChatTemplate(...), found {type(template).__name__}")
     return template.bind(tokenizer)
 
 
-# The strings of LLaVA 1.5 (conv_vicuna_v1) and TinyLLaVA Factory (llama, phi, qwen2). The space between
-# "ASSISTANT:" and the answer trains, because tokenizers join it to the first word; a prompt ends with
-# "ASSISTANT:".
-VICUNA_V1 = ChatTemplate(
-    name="vicuna_v1",
-    turns={
-        "system": Turn(tail=" "),
-        "user": Turn(head="USER:", lead=" ", tail=" "),
-        "assistant": Turn(head="ASSISTANT:", lead=" ", tail="{eos}"),
-    },
-    system=(
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    ),
-    control=("{eos}",),
-    stops=("{eos}",),
-)
+def suggest(model_type: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that published models of this family use with such a tokenizer, for a message to name.
 
-# As Qwen 2.5 and SmolLM 2 write it, without their default system words. The newline after
-# a turn never trains.
-CHATML = ChatTemplate(
-    name="chatml",
-    turns={
-        "system": Turn("<|im_start|>system\n", "", "<|im_end|>"),
-        "user": Turn("<|im_start|>user\n", "", "<|im_end|>"),
-        "assistant": Turn("<|im_start|>assistant\n", "", "<|im_end|>"),
-    },
-    after="\n",
-    control=("<|im_start|>", "<|im_end|>"),
-    stops=("<|im_end|>",),
-)
+    Args:
+        model_type: of the language model's config, such as ``qwen2``.
+        tokenizer: decides between several: the one that ends with its end-of-text token goes first.
 
-# LLaVA's pretraining text is picture, caption, newline. The end-of-text token after it is ours: with the
-# newline alone a model cannot say where a caption of several lines ends.
-PLAIN = ChatTemplate(
-    name="plain",
-    turns={"system": Turn(), "user": Turn(), "assistant": Turn(tail="\n{eos}")},
-    control=("{eos}",),
-    stops=("{eos}",),
-    captions_only=True,
-)
-
-TEMPLATES: dict[str, ChatTemplate] = {t.name: t for t in (PLAIN, VICUNA_V1, CHATML)}
+    Returns:
+        A key of :data:`TEMPLATES` that this tokenizer can write without new tokens, or None.
+    """
+    fitting = []
+    for name in PUBLISHED.get(model_type, ()):
+        try:
+            bound = TEMPLATES[name].bind(tokenizer)
+        except ValueError:
+            continue
+        if all(has_token(tokenizer, word) for word in bound.control):
+            fitting.append(bound)
+    ending = [template for template in fitting if tokenizer.eos_token in template.stops]
+    return next((template.name for template in (*ending, *fitting)), None)
