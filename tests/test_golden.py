@@ -195,7 +195,7 @@ def test_a_picture_has_as_many_placeholders_as_the_model_has_embeddings_for_it(
     eyes = encoder_of(config).build(config, -1)
     bridge = find_connector(connector)(eyes.width, 16, **options)
     with torch.no_grad():
-        features = eyes(prepared.values[None])
+        features = eyes(prepared.tiles[0][None])
         embeddings = bridge(features)
     assert prepared.patches == features.values.shape[1]
     assert prepared.tokens == embeddings.shape[1] == prod(prepared.grid)
@@ -226,7 +226,7 @@ def test_another_number_of_placeholders_is_refused_before_the_model_runs(extra, 
     ):
         batch(tiny, wrong)
     with pytest.raises(ValueError, match="placeholders"):
-        tiny.model(input_ids=wrong[where].ids[None], pixel_values=wrong[where].media[0].values[None])
+        tiny.model(input_ids=wrong[where].ids[None], pixel_values=wrong[where].media[0].tiles[0][None])
 
 
 def test_swapping_two_pictures_swaps_the_answers_and_nothing_else(tiny):
@@ -336,7 +336,7 @@ def test_the_text_is_the_one_that_the_tokenizers_own_jinja_writes(name, turns, r
     speaker, sample = talker(name), conversation(turns)
     if reply:
         sample = dataclasses.replace(sample, messages=sample.messages[:-1])
-    tokens = speaker.processor.image_processor.num_tokens
+    tokens = speaker.processor.image_processor.typical().tokens
     ids = speaker.encoder(sample, reply=reply).ids.tolist()
     parts = name != "tokenizer"  # Qwen's takes plain text only
     for jinja in (None, FOREIGN[name]) if name in FOREIGN else (None,):
@@ -620,7 +620,7 @@ def test_a_reply_is_what_the_forward_pass_says_token_by_token(language):
 
     said = []
     for prompt in prompts:
-        ids, pixels = prompt.ids[None], [item.values for item in prompt.media]
+        ids, pixels = prompt.ids[None], [item.tiles[0] for item in prompt.media]
         seen = {"pixel_values": torch.stack(pixels)} if pixels else {}
         for _ in range(SHORT.max_new_tokens):
             with torch.no_grad():
@@ -643,7 +643,7 @@ def test_a_reply_is_what_the_forward_pass_says_token_by_token(language):
     made = model.generate(
         input_ids=torch.stack([torch.cat((torch.full((longest - len(p),), pad), p.ids)) for p in prompts]),
         attention_mask=torch.stack([(torch.arange(longest) >= longest - len(p)).long() for p in prompts]),
-        pixel_values=torch.stack([item.values for p in prompts for item in p.media]),
+        pixel_values=torch.stack([item.tiles[0] for p in prompts for item in p.media]),
         max_new_tokens=SHORT.max_new_tokens,
         do_sample=False,
         eos_token_id=list(stops),
@@ -661,7 +661,8 @@ def test_a_tiny_recipe_learns_to_look(tmp_path):
     """From random weights to questions that were never asked about pictures that were never shown: right when
     it sees them, no better than the best guess when the pictures are another question's."""
     pytest.importorskip("sklearn")
-    from tinymodal.data.synthetic import COLOUR_NAMES, SHAPES, Scenes
+    from tinymodal.data.scenes import COLOUR_NAMES, SHAPES
+    from tinymodal.data.synthetic import Scenes
     from tinymodal.eval.benchmark import Question, best_constants
     from tinymodal.eval.tasks.scenes import shuffled
 

@@ -36,7 +36,12 @@ BAD = {
         "valid integer",
     ),
     "no pixels": ({"language": LANGUAGE, "vision": {"path": "a/b", "size_px": 0}}, "greater than 0"),
-    "resize": ({"language": LANGUAGE, "vision": {"path": "a/b", "resize": "crop"}}, "'square' or 'pad'"),
+    "resize": ({"language": LANGUAGE, "vision": {"path": "a/b", "resize": "fit"}}, "'square', 'crop'"),
+    "one of two towers": ({"language": LANGUAGE, "vision": {"path": ["a/b"]}}, "1 towers; give one name"),
+    "normalise of one": (
+        {"language": LANGUAGE, "vision": {"path": "a/b", "normalise": "first"}},
+        "'normalise' is for two towers",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tinymodal.compose.tiny import SPECIAL, tiny_language, tiny_model, tiny_tokenizer, tiny_vision
+from tinymodal.model.language import OWN_LANGUAGES
 
 
 def test_the_tokenizer_writes_any_text_and_keeps_it():
@@ -34,7 +35,20 @@ def test_a_tiny_model_is_made_in_a_second_of_under_a_million_parameters(vision):
 
 
 @pytest.mark.parametrize(
-    "language", ["llama", "qwen2", "qwen3", "phi", "phi3", "gemma2", "gpt2", "stablelm", "smollm3", "opt"]
+    "language",
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "phi",
+        "phi3",
+        "gemma2",
+        "gpt2",
+        "stablelm",
+        "smollm3",
+        "opt",
+        *OWN_LANGUAGES,
+    ],
 )
 def test_any_family_of_language_models_can_be_tiny(language):
     model = tiny_model(None, language=language).model

@@ -68,7 +68,7 @@ def test_greedy_with_a_cache_equals_naive_decoding(language):
     for question in QUESTIONS:
         encoded = engine.encode(question)
         ids = encoded.ids[None]
-        pictures = torch.stack([item.values for item in encoded.media]) if encoded.media else None
+        pictures = torch.stack([item.tiles[0] for item in encoded.media]) if encoded.media else None
         written = []
         with torch.inference_mode():
             for _ in range(SHORT.max_new_tokens):
@@ -87,7 +87,7 @@ def test_greedy_with_a_cache_equals_naive_decoding(language):
 def test_our_greedy_equals_the_librarys_generate(engine):
     for question in QUESTIONS:
         encoded = engine.encode(question)
-        pictures = torch.stack([item.values for item in encoded.media]) if encoded.media else None
+        pictures = torch.stack([item.tiles[0] for item in encoded.media]) if encoded.media else None
         whole = engine.model.generate(
             input_ids=encoded.ids[None],
             attention_mask=torch.ones(1, len(encoded), dtype=torch.long),
@@ -121,7 +121,8 @@ def test_swapping_two_pictures_swaps_nothing_else(engine):
     """Each row sees its own pictures, in their order."""
     one, other = ask("which one", 1, 2), ask("which one", 2, 1)
     inputs = engine._prompts([engine.encode(one), engine.encode(other)], torch.device("cpu"))
-    first, second = inputs["pixel_values"].chunk(2)
+    (pictures,) = inputs["pixel_values"]
+    first, second = pictures.chunk(2)
     assert torch.equal(first, second.flip(0))
     with torch.inference_mode():
         logits = engine.model(**inputs).logits[:, -1]
@@ -261,6 +262,49 @@ def test_an_engine_may_borrow_a_model_that_is_training(engine):
     finally:
         engine.model.eval()
     assert engine.reply([QUESTIONS[0]], SHORT) == before
+
+
+def test_every_part_of_a_borrowed_model_gets_its_own_mode_back(engine):
+    """A stage trains some parts and keeps the others, and the whole, in eval mode."""
+    model = engine.model
+    model.eval()
+    model.model.connectors.train()
+    before = [module.training for module in model.modules()]
+    try:
+        engine.reply([QUESTIONS[0]], SHORT)
+        assert [module.training for module in model.modules()] == before
+        next(iter(engine.stream(QUESTIONS[0], SHORT)))
+        assert [module.training for module in model.modules()] == before
+    finally:
+        model.eval()
+
+
+def test_large_pictures_are_encoded_a_batch_at_a_time(engine, monkeypatch):
+    """A window holds whole batches: at least one, and no further one once its pictures are large enough."""
+    monkeypatch.setattr("tinymodal.infer.engine.WINDOW", 4)
+    told = []
+
+    def sizes(pixels: int) -> list[int]:
+        told.clear()
+        monkeypatch.setattr("tinymodal.infer.engine.WINDOW_PIXELS", pixels)
+        monkeypatch.setattr(
+            engine, "encode", lambda sample: told.append(sample) or Engine.encode(engine, sample)
+        )
+        waiting = []
+
+        def batch(rows, sampling):
+            waiting.append(len(told))
+            return [f"reply to {row.sample_id}" for row in rows]
+
+        monkeypatch.setattr(engine, "_reply_batch", batch)
+        samples = [ask("what", 1, name=str(i)) for i in range(18)]
+        assert engine.reply(samples, SHORT, 2) == [f"reply to {i}" for i in range(18)]
+        return waiting
+
+    a_picture = 24 * 24
+    assert sizes(1) == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert sizes(3 * a_picture) == [4, 4, 8, 8, 12, 12, 16, 16, 18]
+    assert sizes(100 * a_picture) == [8, 8, 8, 8, 16, 16, 16, 16, 18]
 
 
 def test_done_is_told_of_every_reply(engine):

@@ -114,6 +114,57 @@ def test_a_saved_conversation_is_a_row_that_training_reads(engine, png, tmp_path
     assert json.loads(kept.read_text().splitlines()[0])["messages"][0]["content"][1]["text"] == "what is it"
 
 
+def saved(engine, monkeypatch, path, replies, *lines):
+    """Type ``lines`` (the questions among them get ``replies``) and save; the samples, and what was said."""
+    from tinymodal.data.sources import open_source
+
+    texts = iter(replies)
+
+    def stream(*_):
+        text = next(texts)
+        yield text.removesuffix("^C")
+        if text.endswith("^C"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "stream", stream)
+    _, err = at_the_terminal(engine, monkeypatch, *lines, f"/save {path}")
+    if not path.exists():
+        return None, err
+    rows = open_source(path, "messages")
+    return [rows.sample(i) for i in range(len(rows))], err
+
+
+def words(sample):
+    return [p.text for m in sample.messages for p in m.parts if isinstance(p, Text)]
+
+
+@pytest.mark.parametrize("bad", ["", "re^C", "^C", "a <image>", "a <|im_end|> b"])
+def test_what_training_would_refuse_is_left_out_of_a_saved_conversation(engine, monkeypatch, tmp_path, bad):
+    path = tmp_path / "talk.jsonl"
+    replies = ("red", bad, "two")
+    (sample,), err = saved(engine, monkeypatch, path, replies, "what is it", "and this", "how many")
+    assert words(sample) == ["what is it", "red", "how many", "two"]
+    engine.encoder(sample)
+    told = [line for line in err.splitlines() if line.startswith("left out")]
+    assert len(told) == 1
+    assert "'and this'" in told[0]
+    assert f"written to {path}" in err
+
+
+def test_a_picture_of_a_question_that_is_left_out_goes_with_the_next(engine, monkeypatch, tmp_path, png):
+    path = tmp_path / "talk.jsonl"
+    lines = (f"/image {png}", "what is it", "how many")
+    (sample,), _ = saved(engine, monkeypatch, path, ("re^C", "two"), *lines)
+    assert [image.source for image in sample.media()] == [png]
+    assert words(sample) == ["how many", "two"]
+
+
+def test_a_conversation_of_which_nothing_is_left_is_not_saved(engine, monkeypatch, tmp_path):
+    samples, err = saved(engine, monkeypatch, tmp_path / "talk.jsonl", ("",), "what is it")
+    assert samples is None
+    assert "error: nothing to save" in err
+
+
 def test_help_lists_every_command_and_quit_leaves(engine):
     out, err, _ = typed(engine, "/help", "/quit", "what is it")
     assert out == ""
@@ -140,6 +191,68 @@ def test_stopping_a_reply_keeps_what_was_said(engine, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         list(talk.ask("what"))
     assert talk.messages[-1].parts[0].text == "red"
+
+
+def test_stopping_while_a_piece_is_printed_keeps_what_was_said(engine, monkeypatch):
+    """Most of the time between two pieces is the printing's."""
+
+    class Out(io.StringIO):
+        def write(self, text):
+            if text == "circle":
+                raise KeyboardInterrupt
+            return super().write(text)
+
+    asked = []
+    monkeypatch.setattr(
+        engine, "stream", lambda sample, _: asked.append(sample) or iter(("red ", "circle", "s"))
+    )
+    with pytest.raises(KeyboardInterrupt):  # of a pipe, whose conversation ends here
+        chat(engine, (), SHORT, io.StringIO("what\n"), Out(), io.StringIO())
+    talk = Chat(engine, SHORT)
+    pieces = talk.ask("what")
+    assert [next(pieces), next(pieces)] == ["red ", "circle"]
+    pieces.close()
+    assert talk.messages[-1].parts[0].text == "red circle"
+
+
+def at_the_terminal(engine, monkeypatch, *events):
+    """What is printed where each event is a typed line, or an exception that ``input`` raises."""
+    lines = iter([*events, EOFError])
+
+    def typing(prompt):
+        event = next(lines)
+        if isinstance(event, str):
+            return event
+        raise event
+
+    monkeypatch.setattr("builtins.input", typing)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    out, err = io.StringIO(), io.StringIO()
+    chat(engine, (), SHORT, terminal, out, err)
+    return out.getvalue(), err.getvalue()
+
+
+def test_stopping_a_reply_at_the_terminal_is_remembered(engine, monkeypatch):
+    asked = []
+
+    def stream(sample, _):
+        asked.append(sample)
+        yield "red"
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "stream", stream)
+    out, _ = at_the_terminal(engine, monkeypatch, "what is it", "how many")
+    assert "red (stopped)" in out
+    assert [message.parts[-1].text for message in asked[1].messages] == ["what is it", "red", "how many"]
+
+
+def test_ctrl_c_takes_back_the_lines_of_an_unfinished_question(engine, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine, "stream", lambda sample, _: asked.append(sample) or iter(("red",)))
+    at_the_terminal(engine, monkeypatch, "forget this\\", KeyboardInterrupt, "what is it")
+    assert [sample.messages[0].parts for sample in asked] == [(Text("what is it"),)]
 
 
 def test_streamed_pieces_are_printed_as_they_come(engine, monkeypatch):

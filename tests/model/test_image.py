@@ -1,4 +1,4 @@
-"""What files do to us is undone or refused; what is prepared has the numbers the tower was trained on."""
+"""What files do to us is undone or refused; a preparation holds numbers that its strategy can use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinymodal.model.image import LONGEST_PAD_PX, Preparation, load_image, prepare
+from tinymodal.model.image import Preparation, load_image
 
 MEDIA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "media"
 NASTY = MEDIA / "images_nasty"
@@ -267,70 +266,6 @@ def test_a_photograph_stored_in_four_orientations_is_four_times_the_same():
 # ---- preparing
 
 
-def test_a_picture_of_the_right_size_is_normalised_and_otherwise_left_alone():
-    how = Preparation(40, 60, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
-    mean, std = torch.tensor(how.mean).view(3, 1, 1), torch.tensor(how.std).view(3, 1, 1)
-    values = prepare(photo(), how)
-    assert values.dtype == torch.float32
-    assert values.is_contiguous()
-    back = (values * std + mean) * 255
-    assert torch.equal(back.round().long(), torch.from_numpy(pixels(photo())).permute(2, 0, 1))
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    height=st.integers(1, 80),
-    width=st.integers(1, 80),
-    target=st.tuples(st.integers(4, 48), st.integers(4, 48)),
-    resize=st.sampled_from(["square", "pad"]),
-)
-def test_whatever_comes_in_the_prepared_size_comes_out(height, width, target, resize):
-    how = Preparation(*target, mean=(0.5,) * 3, std=(0.5,) * 3, resize=resize)
-    values = prepare(photo(height, width), how)
-    assert values.shape == (3, *target)
-    assert values.isfinite().all()
-    assert values.abs().max() <= 1
-
-
-@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("size", [(24, 24), (100, 90)])
-def test_resizing_equals_pil_to_the_rounding(resample, size):
-    rng = np.random.default_rng(0)
-    image = PIL.Image.fromarray(rng.integers(0, 256, (57, 83, 3), dtype=np.uint8))
-    how = Preparation(*size, mean=(0.0,) * 3, std=(1.0,) * 3, resample=resample)
-    theirs = image.resize(size[::-1], PIL.Image.Resampling[resample.upper()])
-    ours = prepare(image, how).mul(255).round().permute(1, 2, 0).numpy()
-    # On pure noise at most 2 of 255 apart, by rounding twice; the other filter is 46 apart or more.
-    assert np.abs(ours - pixels(theirs)).max() <= 2
-
-
-def test_preparation_equals_transformers_siglip_and_padded_clip():
-    """SigLIP's own processor stretches; LLaVA pads with the mean colour before CLIP's own processor."""
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    theirs = SiglipImageProcessorPil(size={"height": 24, "width": 24}, resample=3)(
-        photo(), return_tensors="pt"
-    )
-    ours = prepare(photo(), Preparation(24, 24, mean=(0.5,) * 3, std=(0.5,) * 3))
-    torch.testing.assert_close(ours, theirs["pixel_values"][0], rtol=0, atol=1.01 / 127.5)
-
-    mean = (0.48145466, 0.4578275, 0.40821073)
-    square = PIL.Image.new("RGB", (60, 60), tuple(int(m * 255) for m in mean))
-    square.paste(photo(), (0, 10))
-    how = Preparation(24, 24, mean=mean, std=(0.26862954, 0.26130258, 0.27577711))
-    padded = prepare(photo(), Preparation.from_dict({**how.to_dict(), "resize": "pad"}))
-    assert torch.equal(padded, prepare(square, how))
-
-
-def test_a_strip_is_padded_without_making_a_square_of_its_length():
-    """200,000 x 1 px would be 120 GB as a square; it is shrunk first and stays a line on the mean colour."""
-    how = Preparation(16, 16, mean=(0.5,) * 3, std=(0.5,) * 3, resize="pad")
-    assert LONGEST_PAD_PX < 200_000
-    values = prepare(PIL.Image.new("RGB", (200_000, 1), (255, 255, 255)), how)
-    # int(0.5 * 255) = 127, half a level below the mean.
-    assert (values[:, 0] + 0.5 / 127.5).abs().max() < 1e-6
-
-
 def test_a_preparation_survives_json_and_refuses_nonsense():
     how = Preparation(24, 36, mean=(0.5, 0.4, 0.3), std=(1, 1, 1), resize="pad", max_pixels=1000)
     assert Preparation.from_dict(json.loads(json.dumps(how.to_dict()))) == how
@@ -340,14 +275,67 @@ def test_a_preparation_survives_json_and_refuses_nonsense():
         {"height_px": 0},
         {"mean": (0.5,)},
         {"std": (0.0, 1.0, 1.0)},
-        {"resize": "crop"},
+        {"resize": "stretch"},
         {"resample": "nearest"},
         {"max_pixels": 0},
+        {"max_tiles": -1},
     ):
         with pytest.raises(ValueError):
             Preparation.from_dict({**how.to_dict(), **wrong})
 
 
-def test_only_rgb_is_prepared():
-    with pytest.raises(ValueError, match="expected an RGB picture, got mode L; read it with load_image"):
-        prepare(PIL.Image.new("L", (4, 4)), Preparation(4, 4, mean=(0.5,) * 3, std=(0.5,) * 3))
+@pytest.mark.parametrize(
+    ("options", "holds"),
+    [
+        ({"resize": "square"}, {}),
+        ({"resize": "anyres"}, {"pinpoints": ((48, 24), (24, 48), (48, 48), (24, 72), (72, 24))}),
+        ({"resize": "anyres", "pinpoints": [[24, 48]], "max_tiles": 3}, {"pinpoints": ((24, 48),)}),
+        ({"resize": "slices", "step_px": 4}, {"max_tiles": 9}),
+        ({"resize": "tiles", "thumbnail": False}, {"max_tiles": 12}),
+        ({"resize": "tiles", "longest_px": 90}, {"max_tiles": 16}),
+        ({"resize": "native", "step_px": 8}, {"fit_pixels": (576, 576)}),
+        ({"resize": "native", "fit_pixels": [300, 900]}, {"fit_pixels": (300, 900)}),
+    ],
+)
+def test_a_strategy_fills_in_its_own_numbers_and_keeps_them_in_its_file(options, holds):
+    how = Preparation(24, 24, mean=(0.5,) * 3, std=(0.5,) * 3, **options)
+    assert {name: getattr(how, name) for name in holds} == holds
+    again = Preparation.from_dict(json.loads(json.dumps(how.to_dict())))
+    assert again == how
+    assert hash(again) == hash(how)
+    assert set(how.to_dict()) <= {
+        "height_px", "width_px", "mean", "std", "resize", "resample", "max_pixels", *options, *holds
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (
+            {"max_tiles": 4},
+            "max_tiles is read by anyres, slices, tiles, but resize is 'square'; leave it out",
+        ),
+        ({"resize": "pad", "pinpoints": ((24, 24),)}, "pinpoints is read by anyres, but resize is 'pad'"),
+        (
+            {"resize": "anyres", "pinpoints": ((24, 30),)},
+            "pinpoint 24 x 30 px is not made of tiles of 24 x 24",
+        ),
+        ({"resize": "native", "fit_pixels": (9, 3)}, r"least and the most pixels, got \(9, 3\)"),
+        ({"resize": "native", "step_px": 32}, "at most 576 pixels hold no patch of 32 x 32 px"),
+        ({"resize": "slices", "width_px": 30}, "slices needs tiles as high as wide, got 24 x 30 px"),
+        ({"resize": "pinpoints"}, "known: square, crop, pad, anyres, slices, tiles, native"),
+    ],
+)
+def test_numbers_that_a_strategy_does_not_read_or_cannot_use_are_refused(options, refusal):
+    size = {"height_px": 24, "width_px": 24, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(ValueError, match=refusal):
+        Preparation(**{**size, **options})
+
+
+def test_a_recipe_of_the_shipped_model_still_reads():
+    starter = (
+        Path(__file__).resolve().parents[2] / "tinymodal" / "starter" / "model" / "processor_config.json"
+    )
+    said = json.loads(starter.read_text())
+    how = Preparation.from_dict(said["image_processor"]["preparation"])
+    assert how.resize == "square"

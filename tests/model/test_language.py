@@ -1,4 +1,4 @@
-"""Any causal language model of transformers gives, behind our embeddings, its own logits to the last bit."""
+"""Any causal language model gives, behind our embeddings, its own logits to the last bit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
+from tinymodal.compose.tiny import tiny_language
 from tinymodal.model.configuration_tinymodal import TinyModalConfig
-from tinymodal.model.language import LanguageHead, build_decoder, causal_class, packs_exactly
+from tinymodal.model.language import (
+    OWN_LANGUAGES,
+    LanguageHead,
+    build_decoder,
+    causal_class,
+    language_config,
+    packs_exactly,
+)
 from tinymodal.model.modeling_tinymodal import TinyModalForConditionalGeneration, load_exactly
 
 VOCABULARY = 96
@@ -42,9 +50,29 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(kind: str, **values: Any) -> PreTrainedConfig:
+# As published, where the config says more than its sizes. The rest of a family's names: TinyLlama, Vicuna and
+# Llama 2 are llama; StableLM-2 stablelm; Phi-1.5 and 2 phi; Zephyr mistral; Qwen 2 and 2.5 qwen2.
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 3": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 16, **LLAMA_3}},
+    ),
+    "SmolLM2": ("llama", {"tie_word_embeddings": True}),
+    "Qwen2.5-0.5B": ("qwen2", {"tie_word_embeddings": True}),
+    "Phi-3 128k": ("phi3", {"rope_parameters": {**LONG, "original_max_position_embeddings": 16}}),
+    "StableLM-2": ("stablelm", {"use_qkv_bias": True, "rope_parameters": None}),
+    "Mistral 0.1": ("mistral", {"sliding_window": 4}),
+}
+
+
+def config_of(name: str, **values: Any) -> PreTrainedConfig:
+    kind, published = VARIANTS.get(name, (name, {}))
     ids = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return CONFIG_MAPPING[kind](**{**ids, **SPECIAL.get(kind, SIZES), **values})
+    if kind in OWN_LANGUAGES:
+        return language_config({**tiny_language(kind), **ids, **values})
+    return CONFIG_MAPPING[kind](**{**ids, **SPECIAL.get(kind, SIZES), **published, **values})
 
 
 def loud(model: torch.nn.Module) -> torch.nn.Module:
@@ -57,16 +85,18 @@ def loud(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def both(kind: str, **values: Any) -> tuple[TinyModalForConditionalGeneration, torch.nn.Module]:
-    config = config_of(kind, **values)
+    config, same = config_of(kind, **values), config_of(kind, **values)
     torch.manual_seed(0)
-    theirs = loud(AutoModelForCausalLM.from_config(config_of(kind, **values)))
+    own = OWN_LANGUAGES.get(kind)
+    theirs = loud(own.causal._from_config(same) if own else AutoModelForCausalLM.from_config(same))
     ours = TinyModalForConditionalGeneration(TinyModalConfig(text_config=config, image_token_id=5)).eval()
     ours.take_language(theirs)
     return ours, theirs
 
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi", "gemma", "gemma2", "gemma3_text", "stablelm", "smollm3", "gpt2"]
-FAMILIES += ["granite", "cohere", "gpt_neo", "opt", "mistral", "phi3", "olmo2"]
+FAMILIES += ["granite", "cohere", "gpt_neo", "opt", "mistral", "phi3", "olmo2", *OWN_LANGUAGES, *VARIANTS]
+PACKED = [kind for kind in FAMILIES if kind not in ("cohere", "opt")]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -82,8 +112,24 @@ def test_text_only_logits_equal_the_language_models_own(kind):
         torch.testing.assert_close(ours.head(states[0, 3]), expected[0, 3], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.no_grad()
+def test_generation_with_a_cache_is_repeated_choice_of_the_best(kind):
+    ours, _ = both(kind)
+    prompt = torch.randint(6, VOCABULARY, (2, 7))
+    ids = prompt
+    for _ in range(4):
+        ids = torch.cat([ids, ours(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    ours.generation_config.eos_token_id = None
+    made = ours.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
+    )
+    assert torch.equal(made, ids)
+
+
 @pytest.mark.parametrize(
-    ("kind", "plain"), [(k, True) for k in ("llama", "phi", "qwen2", "gpt2", "gemma", "stablelm")]
+    ("kind", "plain"),
+    [(k, True) for k in ("llama", "phi", "qwen2", "gpt2", "gemma", "stablelm", "openelm", "tinygptv_phi")],
 )
 def test_a_plain_head_is_one_matrix_and_perhaps_a_bias(kind, plain):
     ours, _ = both(kind)
@@ -93,10 +139,10 @@ def test_a_plain_head_is_one_matrix_and_perhaps_a_bias(kind, plain):
     if ours.head_bias() is not None:
         expected = expected + ours.head_bias()
     torch.testing.assert_close(ours.head(states), expected, rtol=0, atol=1e-5)
-    assert (ours.head_bias() is not None) is (kind == "phi")
+    assert (ours.head_bias() is not None) is (kind in ("phi", "tinygptv_phi"))
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere"])
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere", "minicpm"])
 def test_a_head_that_caps_or_scales_says_that_it_is_not_plain(kind):
     """Its cap or scale is not lost either: the bare product is far from the logits."""
     ours, theirs = both(kind)
@@ -107,6 +153,21 @@ def test_a_head_that_caps_or_scales_says_that_it_is_not_plain(kind):
         assert (bare - theirs(input_ids=ids).logits).abs().max() > 0.5
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi", "stablelm", "qwen2", "gemma", "gpt2", *OWN_LANGUAGES])
+def test_the_end_of_text_trains_as_a_word_also_where_it_pads(kind):
+    """transformers keeps the pad token's embedding as it is, which there is the word after every answer."""
+    config = config_of(kind, pad_token_id=2)
+    ours = TinyModalForConditionalGeneration(TinyModalConfig(text_config=config))
+    logits = ours(input_ids=torch.tensor([[7, 2, 8, 9]])).logits
+    # Not the loss of the head, which moves every row: what the words that were read get.
+    words = ours.get_input_embeddings().weight
+    if ours.lm_head.weight is words:
+        ours.lm_head.weight = torch.nn.Parameter(words.detach().clone())
+        logits = ours(input_ids=torch.tensor([[7, 2, 8, 9]])).logits
+    moved = torch.autograd.grad(logits.square().sum(), words)[0].abs().sum(1) > 0
+    assert moved.nonzero().squeeze(1).tolist() == [2, 7, 8, 9]
+
+
 def test_asking_a_head_moves_no_random_state():
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -114,9 +175,10 @@ def test_asking_a_head_moves_no_random_state():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma", "gpt_neo", "opt", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", "gpt_neo", "opt", "llama", "minicpm", "openelm"])
 def test_a_tied_head_stays_tied_whatever_the_family_calls_its_embedding(kind, tmp_path):
-    ours, _ = both(kind, tie_word_embeddings=True)
+    name = "share_input_output_layers" if kind == "openelm" else "tie_word_embeddings"
+    ours, _ = both(kind, **{name: True})
     assert ours.config.tie_word_embeddings
     assert ours.lm_head.weight is ours.get_input_embeddings().weight
     ours.save_pretrained(tmp_path)
@@ -137,9 +199,7 @@ def leak(kind: str) -> float:
     return float((packed - alone).abs().max())
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "qwen2", "qwen3", "phi", "gemma2", "gemma3_text", "stablelm", "gpt2", "gpt_neo"]
-)
+@pytest.mark.parametrize("kind", PACKED)
 def test_families_said_to_pack_exactly_do(kind):
     assert packs_exactly(config_of(kind))
     # 1e-5 of logits near 10; the families below are 0.05 apart or more.
@@ -156,6 +216,33 @@ def test_families_said_to_leak_do(kind):
 @pytest.mark.parametrize("kind", ["bloom", "mpt"])
 def test_families_without_position_ids_are_not_packed(kind):
     assert not packs_exactly(config_of(kind))
+
+
+def test_more_than_a_language_model_is_refused_and_its_part_named():
+    whole = CONFIG_MAPPING["gemma3"]()
+    message = "'gemma3' is more than a language model; take the config of its language part, 'gemma3_text'"
+    for given in (whole, {"model_type": "gemma3"}):
+        with pytest.raises(ValueError, match=message):
+            language_config(given)
+    assert language_config(whole.text_config) is whole.text_config
+    with pytest.raises(
+        ValueError, match=r"no language model of model_type 'lama', nor is it one .*\(openelm, "
+    ):
+        language_config({"model_type": "lama"})
+
+
+def test_every_own_language_is_found_by_its_type(tmp_path):
+    for kind, own in OWN_LANGUAGES.items():
+        config = config_of(kind)
+        assert type(config) is own.config
+        assert config.model_type == kind
+        assert causal_class(config) is own.causal
+        assert type(build_decoder(config)) is own.decoder
+        # Inside a composed model's config, which is what a saved folder holds.
+        again = TinyModalConfig(**TinyModalConfig(text_config=config).to_dict())
+        assert type(again.text_config) is own.config
+        assert again.text_config.to_diff_dict() == config.to_diff_dict()
+        assert again.get_text_config().num_hidden_layers == 2
 
 
 def test_language_models_that_embeddings_cannot_drive_are_refused():

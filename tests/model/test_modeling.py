@@ -96,7 +96,7 @@ def test_each_placeholder_holds_its_own_embedding_in_reading_order(model, pictur
         media = model.model.media_input("image", pictures[:2], None, None, ids)
         embedded = model.model.embed(ids, {"image": media})
         expected = model.get_input_embeddings()(ids).clone()
-        expected[ids == IMAGE] = model.model.perceive("image", pictures[:2]).flatten(0, 1)
+        expected[ids == IMAGE] = model.model.get_image_features(pictures[:2]).flatten(0, 1)
     assert torch.equal(embedded, expected)
 
 
@@ -145,8 +145,10 @@ def test_inputs_that_contradict_each_other_are_refused(model, pictures):
         model(input_ids=ids, inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="pixel_values need input_ids"):
         model(inputs_embeds=torch.zeros(1, 3, 32), pixel_values=pictures[:1])
-    with pytest.raises(ValueError, match="image_take and image_put together"):
-        model(input_ids=ids, pixel_values=pictures[:1], image_take=torch.arange(9))
+    with pytest.raises(ValueError, match="image_put needs image_take"):
+        model(input_ids=ids, pixel_values=pictures[:1], image_put=torch.arange(9))
+    with pytest.raises(ValueError, match="9 placeholders .* image_take names 8 embeddings"):
+        model(input_ids=ids, pixel_values=pictures[:1], image_take=torch.arange(8))
 
 
 def test_a_model_without_tower_reads_text():

@@ -53,8 +53,8 @@ def noise(height: int = 30, width: int = 50, seed: int = 0) -> PIL.Image.Image:
 
 def test_a_picture_says_what_it_costs(processor):
     prepared = processor.prepare(noise())
-    assert prepared.values.shape == (3, 24, 24)
-    assert (prepared.feature_grid, prepared.patches) == ((6, 6), 36)
+    assert prepared.tiles[0].shape == (3, 24, 24)
+    assert (prepared.feature_grids, prepared.patches) == (((6, 6),), 36)
     assert (prepared.grid, prepared.tokens) == ((3, 3), 9)
 
 
@@ -75,11 +75,11 @@ def test_the_count_without_weights_is_what_tower_and_connector_make(patches, rat
     prepared = TinyModalProcessor.of(config, tokenizer, how).prepare(noise(*aspect))
     model = TinyModalForConditionalGeneration(config)
     with torch.no_grad():
-        made = model.model.perceive("image", prepared.values[None])
-        features = model.model.towers["image"](prepared.values[None])
+        made = model.model.get_image_features(prepared.tiles[0][None])
+        features = model.model.towers["image"](prepared.tiles[0][None])
     assert made.shape[1] == prepared.tokens == int(np.prod(prepared.grid))
     assert features.values.shape[1] == prepared.patches
-    assert features.grid == prepared.feature_grid
+    assert (features.grid,) == prepared.feature_grids
     assert model.model.tokens_of("image", (size, size)) == prepared.tokens
 
 
@@ -167,7 +167,7 @@ def test_the_image_processor_needs_nothing_but_its_own_dict(processor):
     values = json.loads(json.dumps(processor.image_processor.to_dict()))
     again = TinyModalImageProcessor.from_dict(values)
     assert again.to_dict() == processor.image_processor.to_dict()
-    assert again.num_tokens == 9
+    assert again.typical().tokens == 9
 
 
 def test_vllm_is_told_the_tokens_of_pictures_of_any_size(processor):

@@ -23,13 +23,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from tinymodal.chat.encode import Encoder
-from tinymodal.chat.template import TEMPLATES, ChatTemplate, TokenizerTemplate, template_for
+from tinymodal.chat.template import TEMPLATES, ChatTemplate, TokenizerTemplate, known_as, template_for
 from tinymodal.compose.pretrained import fetch as fetch
 from tinymodal.compose.pretrained import (
     load_tower,
     one_line,
     read_json,
     read_language,
+    read_pair_config,
     read_tokenizer,
     read_tower_config,
     refuse_missing,
@@ -39,9 +40,11 @@ from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.core.lookup import nearest
 from tinymodal.model.configuration_tinymodal import TinyModalConfig, language_config
+from tinymodal.model.connectors import find_connector
 from tinymodal.model.encoders import encoder_of, tower_config
 from tinymodal.model.image import Preparation
 from tinymodal.model.language import causal_class
+from tinymodal.model.media import OPTIONS
 from tinymodal.model.modeling_tinymodal import TinyModalForConditionalGeneration, load_exactly
 from tinymodal.model.processing_tinymodal import TinyModalProcessor
 
@@ -108,20 +111,32 @@ def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
     """As :func:`build`, with the tokenizer in hand instead of in a folder. The tokenizer gets new tokens."""
     assert spec.language is not None
     added = add_tokens(tokenizer, spec.language.template)
-    language, text_config = _language(spec.language, tokenizer, added)
+    text_config = _language_config(spec.language, tokenizer)
     tower_folder, preparation = None, None
     sight: dict[str, Any] = {}
     if spec.vision is not None:
-        tower_folder, vision_config = _vision(spec.vision)
+        vision = spec.vision
+        tower_folder, vision_config = _vision(vision)
+        for option in OPTIONS:
+            if getattr(vision, option):
+                setattr(vision_config, option, True)
+        chosen = {
+            "name": vision.connector,
+            "options": vision.options,
+            "marks": vision.marks,
+            "merge": vision.merge,
+        }
         sight = {
             "vision_config": vision_config,
-            "connectors": {"image": {"name": spec.vision.connector, "options": spec.vision.options}},
-            "feature_layer": spec.vision.feature_layer,
+            "connectors": {"image": chosen},
+            "feature_layer": vision.feature_layer,
+            "keep_class": vision.keep_class,
         }
         with one_line("model.vision", RecipeError, CONTRADICTIONS):
-            preparation = _preparation(spec.vision, vision_config, tower_folder)
+            preparation = _preparation(vision, vision_config, tower_folder)
     # A template of your own travels as the tokenizer's Jinja: its file does not travel.
-    template = spec.language.template if spec.language.template in TEMPLATES else TokenizerTemplate.name
+    name = known_as(spec.language.template)
+    template = name if name in TEMPLATES else TokenizerTemplate.name
 
     with one_line("model", RecipeError, CONTRADICTIONS):
         config = TinyModalConfig(
@@ -130,17 +145,46 @@ def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
             chat_template=template,
             **sight,
         )
+    # All that can be refused is refused before a weight is read.
+    _check(config, tokenizer, preparation)
+    language = None
+    if spec.language.path is not None:
+        new_ids = [_id_of(tokenizer, word) for word in added]
+        language = read_language(spec.language.path, "model.language.path", len(tokenizer), new_ids)
+        config.text_config = language.config
+    with one_line("model", RecipeError, CONTRADICTIONS), torch.random.fork_rng(devices=[]):
         # No cuda: everything is made on the CPU, and asking for its state would start it.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = TinyModalForConditionalGeneration(config)
+        torch.manual_seed(seed)
+        model = TinyModalForConditionalGeneration(config, language)
     if language is not None:
-        with one_line("model.language.path", CheckpointError):
-            model.take_language(language)
         model.generation_config = language.generation_config
     if tower_folder is not None:
         load_tower(model.model.towers["image"], tower_folder, "model.vision.path")
     return _composed(model, tokenizer, preparation, spec.language.template)
+
+
+def _check(
+    config: TinyModalConfig, tokenizer: PreTrainedTokenizerBase, preparation: Preparation | None
+) -> None:
+    """Refuse parts that do not fit together, from their configs alone.
+
+    Raises:
+        RecipeError: names the two numbers that disagree.
+    """
+    with one_line("model", RecipeError, CONTRADICTIONS):
+        processor = TinyModalProcessor.of(config, tokenizer, preparation)
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            TinyModalForConditionalGeneration(copy.deepcopy(config))
+    context = _context(config)
+    if config.vision_config is None or context is None:
+        return
+    found = processor.image_processor.typical()
+    if found.tokens >= context:
+        raise RecipeError(
+            f"model.vision: a picture takes {found.tokens:,} tokens and model.language reads at most "
+            f"{context:,}; choose a connector that folds more ('pixel_shuffle', 'perceiver'), fewer tiles, or a "
+            f"language model with a longer context"
+        )
 
 
 def load(
@@ -244,7 +288,7 @@ def parameter_report(model: TinyModalForConditionalGeneration) -> list[PartSize]
     core = model.model
     groups: dict[str, list[nn.Parameter]] = {
         "vision": list(core.towers.parameters()),
-        "connectors": list(core.connectors.parameters()),
+        "connectors": [*core.connectors.parameters(), *core.marks.parameters()],
         "language": [p for p in core.language_model.parameters() if p is not embedding],
         "embeddings": [embedding],
         "head": [p for p in model.lm_head.parameters() if p is not embedding],
@@ -283,44 +327,50 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
     return [word for word in new if word not in before]
 
 
-def _language(
-    spec: LanguageSpec, tokenizer: PreTrainedTokenizerBase, added: list[str]
-) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
-    """The pretrained causal model (None for a new one) and its config, with a row for every token."""
-    if spec.path is None:
-        assert spec.config is not None
-        with one_line("model.language.config", RecipeError, CONTRADICTIONS):
-            # No pad_token_id: transformers would never train that row, and pad may be the end of text.
-            words = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-            config = language_config({"vocab_size": len(tokenizer), **words, **spec.config})
+def _language_config(spec: LanguageSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The language model's config, from its folder or from the recipe; no weight is read."""
+    if spec.path is not None:
+        folder = fetch(spec.path, "model.language.path")
+        where = f"model.language.path: {folder}"
+        with one_line(where, CheckpointError, CONTRADICTIONS):
+            config = language_config(read_json(folder / "config.json", where))
             causal_class(config)
-        _refuse_unknown(spec.config, config, "model.language.config")
-        if config.vocab_size < len(tokenizer):
-            raise RecipeError(
-                f"model.language.config.vocab_size is {config.vocab_size}, but the tokenizer has "
-                f"{len(tokenizer)} tokens with {IMAGE_TOKEN}; leave the key out"
-            )
-        return None, config
-    language = read_language(
-        spec.path, "model.language.path", len(tokenizer), [_id_of(tokenizer, word) for word in added]
-    )
-    return language, language.config
+        return config
+    assert spec.config is not None
+    with one_line("model.language.config", RecipeError, CONTRADICTIONS):
+        # No pad_token_id: transformers would never train that row, and pad may be the end of text.
+        words = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = language_config({"vocab_size": len(tokenizer), **words, **spec.config})
+        causal_class(config)
+    _refuse_unknown(spec.config, config, "model.language.config")
+    if config.vocab_size < len(tokenizer):
+        raise RecipeError(
+            f"model.language.config.vocab_size is {config.vocab_size}, but the tokenizer has "
+            f"{len(tokenizer)} tokens with {IMAGE_TOKEN}; leave the key out"
+        )
+    return config
 
 
-def _vision(spec: VisionSpec) -> tuple[Path | None, PreTrainedConfig]:
-    """The tower's folder (None for a new one) and its config."""
+def _vision(spec: VisionSpec) -> tuple[Path | tuple[Path, ...] | None, PreTrainedConfig]:
+    """The tower's folder (None for a new one, two for two) and its config."""
     if spec.path is None:
         assert spec.config is not None
         with one_line("model.vision.config", RecipeError, CONTRADICTIONS):
             config = tower_config(spec.config)
         _refuse_unknown(spec.config, config, "model.vision.config")
         return None, config
+    if isinstance(spec.path, tuple):
+        return read_pair_config(spec.path, "model.vision.path", spec.normalise)
     return read_tower_config(spec.path, "model.vision.path")
 
 
-def _preparation(spec: VisionSpec, config: PreTrainedConfig, folder: Path | None) -> Preparation:
+def _preparation(
+    spec: VisionSpec, config: PreTrainedConfig, folder: Path | tuple[Path, ...] | None
+) -> Preparation:
     """The family's way, then what the checkpoint says of itself, then what the recipe says."""
     how = encoder_of(config).preparation_of(config)
+    if isinstance(folder, tuple):  # two towers: pictures come as the first one wants them
+        folder = folder[0]
     file = folder / "preprocessor_config.json" if folder else None
     if file is not None and file.is_file():
         said = read_json(file, f"model.vision.path: {folder}")
@@ -329,9 +379,14 @@ def _preparation(spec: VisionSpec, config: PreTrainedConfig, folder: Path | None
         how = replace(how, resample=RESAMPLE.get(said.get("resample", 0), how.resample))
     if spec.size_px is not None:
         how = replace(how, height_px=spec.size_px, width_px=spec.size_px)
-    if spec.max_pixels is not None:
-        how = replace(how, max_pixels=spec.max_pixels)
-    return replace(how, resize=spec.resize)
+    # What a recipe leaves out is the strategy's own default.
+    keys = ("max_pixels", "pinpoints", "max_tiles", "longest_px", "thumbnail", "fit_pixels")
+    given = {key: getattr(spec, key) for key in keys}
+    given = {key: value for key, value in given.items() if value is not None}
+    if spec.resize in ("native", "slices"):  # sides that the tower and then the connector divide evenly
+        tower, connector = encoder_of(config), find_connector(spec.connector)
+        given["step_px"] = tower.patch_px(config) * connector.multiple(**connector.settle(spec.options))
+    return replace(how, resize=spec.resize, **given)
 
 
 def _composed(

@@ -7,20 +7,28 @@ recipe's key, the folder, and what is the matter.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from tinymodal.core.errors import CheckpointError, TinyModalError
-from tinymodal.model.encoders import HFEncoder, tower_config
+from tinymodal.model.configuration_tinymodal import TinyModalConfig
+from tinymodal.model.encoders import encoder_of, tower_config
+from tinymodal.model.hf_tower import HFTower
+from tinymodal.model.language import OWN_LANGUAGES, causal_class, language_config
 from tinymodal.model.modeling_tinymodal import load_exactly
+from tinymodal.model.pair import PairConfig, PairTower
+from tinymodal.model.timm_tower import TimmTower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +45,9 @@ SHIPPED = {
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Any of these makes a folder a tokenizer's. Of a folder with none, transformers makes an empty tokenizer."""
+
+BORROWED_TOKENIZERS = {"openelm": "meta-llama/Llama-2-7b-hf"}
+"""Families published without a tokenizer of their own, by ``model_type``: whose they were trained with."""
 
 
 def locate(name: str) -> str:
@@ -99,20 +110,28 @@ def read_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, PreTrainedConfig
 
     folder = fetch(name, key)
+    has_config = (folder / "config.json").is_file()
+    kind = read_json(folder / "config.json", f"{key}: {folder}").get("model_type") if has_config else None
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        whose = f"; {kind} uses that of {BORROWED_TOKENIZERS[kind]}" if kind in BORROWED_TOKENIZERS else ""
         raise CheckpointError(
             f"{key}: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's into "
-            f"it, or name another folder with model.language.tokenizer"
+            f"it, or name another folder with model.language.tokenizer{whose}"
         )
-    # A tokenizer's own files say what it is; a folder that is nothing else has no config to ask.
-    alone = {} if (folder / "config.json").is_file() else {"config": PreTrainedConfig()}
+    # A tokenizer's own files say what it is; a folder that is nothing else has no config to ask, and a model
+    # of our own has one that transformers cannot read.
+    alone = {} if has_config and kind not in OWN_LANGUAGES else {"config": PreTrainedConfig()}
     with one_line(f"{key}: {folder}: the tokenizer", CheckpointError):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **alone)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **alone
+        )
     return tokenizer
 
 
 def read_language(name: str, key: str, num_words: int, added: list[int]) -> PreTrainedModel:
     """A causal language model in float32, with an embedding for every token.
+
+    Of a model that sees as well (gemma3, llava, ...) it is the language part.
 
     Args:
         name: folder or Hub name.
@@ -125,18 +144,10 @@ def read_language(name: str, key: str, num_words: int, added: list[int]) -> PreT
         CheckpointError: the folder holds no such model, not all of its weights, or too few embeddings for the
             tokenizer.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = fetch(name, key)
     where = f"{key}: {folder}"
-    read_json(folder / "config.json", where)
     with one_line(where, CheckpointError):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-    language: PreTrainedModel
-    language, info = loaded
-    refuse_missing(info, where)
+        language = _load_language(folder, where)
     rows = _rows(language.get_input_embeddings())
     if num_words - len(added) > len(rows):
         raise CheckpointError(
@@ -155,8 +166,74 @@ def read_language(name: str, key: str, num_words: int, added: list[int]) -> PreT
     return language
 
 
+def _load_language(folder: Path, where: str) -> PreTrainedModel:
+    """All weights of a folder's causal language model, which may be a part of a larger one."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
+
+    document = read_json(folder / "config.json", where)
+    kind = document.get("model_type")
+    if kind == TinyModalConfig.model_type:
+        raise CheckpointError(f"{where}: holds a composed model; name it with model.path")
+    # Code that a checkpoint brings along is never run; where to find it is not worth keeping either.
+    said = {key: value for key, value in document.items() if key != "auto_map"}
+    if kind in OWN_LANGUAGES:
+        config = language_config(said)
+    elif kind is None or kind in CONFIG_MAPPING:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    else:
+        raise CheckpointError(
+            f"{where}: holds a model of type {kind!r}, for which neither transformers nor tinymodal has a "
+            f"class; code that a checkpoint brings along is not run"
+        )
+    text = getattr(config, "text_config", None)
+    if text is None:
+        language, info = _from_folder(causal_class(config), folder, config)
+        if kind == "phi" and any("query_key_value" in name for name in info["unexpected_keys"]):
+            # TinyGPT-V's Phi-2 calls itself phi.
+            config = language_config({**said, "model_type": "tinygptv_phi"})
+            language, info = _from_folder(causal_class(config), folder, config)
+        refuse_missing(info, where)
+        return language
+    expected = causal_class(text)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise CheckpointError(
+            f"{where}: {kind!r} is more than a language model, and its language part cannot be taken out; "
+            f"name a folder with the language model alone"
+        )
+    whole, info = _from_folder(AutoModelForImageTextToText, folder, config)
+    refuse_missing(info, where)
+    return _language_part(whole, expected, where)
+
+
+def _from_folder(family: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """A model in float32, and what transformers says of the checkpoint."""
+    loaded: tuple[Any, dict[str, Any]] = family.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    return loaded
+
+
+def _language_part(whole: Any, expected: Any, where: str) -> PreTrainedModel:
+    """Decoder and head of a model that sees as well, as the causal language model they once were."""
+    text = whole.config.text_config
+    decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+    text.tie_word_embeddings = head.weight is whole.get_input_embeddings().weight
+    with torch.device("meta"):
+        language = expected._from_config(text, dtype=torch.float32)
+    if type(decoder) is not type(language.base_model):
+        raise CheckpointError(
+            f"{where}: the language part of a {whole.config.model_type!r} is a {type(decoder).__name__}, "
+            f"expected a {type(language.base_model).__name__}; name a folder with the language model alone"
+        )
+    setattr(language, language.base_model_prefix, decoder)
+    language.set_output_embeddings(head)
+    language.generation_config = whole.generation_config
+    part: PreTrainedModel = language
+    return part
+
+
 def read_tower_config(name: str, key: str) -> tuple[Path, PreTrainedConfig]:
-    """The folder of a tower, and its config; of a whole CLIP or SigLIP, the config of the half that sees.
+    """The folder of a tower, and its config; of a whole CLIP, SigLIP or BLIP-2, that of the half that sees.
 
     Raises:
         CheckpointError: there is no such folder, or nobody knows such a tower.
@@ -167,31 +244,156 @@ def read_tower_config(name: str, key: str) -> tuple[Path, PreTrainedConfig]:
         return folder, tower_config(read_json(folder / "config.json", where))
 
 
-def load_tower(tower: MediaEncoder, folder: Path, key: str) -> None:
+def read_pair_config(
+    names: Sequence[str], key: str, normalise: Literal["own", "first"] = "own"
+) -> tuple[tuple[Path, ...], PairConfig]:
+    """The folders of two towers, and the config of both at once.
+
+    Args:
+        names: two folders or Hub names; pictures are prepared for the first.
+        key: the recipe key that holds them.
+        normalise: see :class:`~tinymodal.model.pair.PairConfig`.
+
+    Raises:
+        CheckpointError: as :func:`read_tower_config`, or there are not two.
+    """
+    if len(names) != 2:
+        raise CheckpointError(f"{key}: {len(names)} towers, expected two for a pair")
+    folders, configs = zip(
+        *(read_tower_config(name, f"{key}[{i}]") for i, name in enumerate(names)), strict=True
+    )
+    with one_line(key, CheckpointError):
+        means, stds = zip(*map(normalisation, folders, configs), strict=True)
+        return folders, PairConfig(configs, normalise, means, stds)
+
+
+def normalisation(
+    folder: Path | None, config: PreTrainedConfig
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of a tower's pictures: the family's, or what its folder says of itself."""
+    how = encoder_of(config).preparation_of(config)
+    file = folder / "preprocessor_config.json" if folder is not None else None
+    if file is not None and file.is_file():
+        said = read_json(file, str(folder))
+        if said.get("do_normalize", True) and "image_mean" in said and "image_std" in said:
+            return tuple(said["image_mean"]), tuple(said["image_std"])
+    return how.mean, how.std
+
+
+def load_tower(tower: MediaEncoder, folder: Path | tuple[Path, ...], key: str) -> None:
     """Fill a tower with the weights of a checkpoint. What the tower does not have is left where it is.
+
+    Args:
+        tower: changed in place.
+        folder: as :func:`read_tower_config` gave it; of a pair both, as :func:`read_pair_config` did.
+        key: the recipe key that named it.
 
     Raises:
         CheckpointError: a weight of the tower is missing or has another shape.
     """
+    if not isinstance(folder, Path):
+        assert isinstance(tower, PairTower)
+        for i, part in enumerate((tower.first, tower.second)):
+            load_tower(part, folder[i], f"{key}[{i}]")
+        return
     where = f"{key}: {folder}"
-    wanted = tower.module.state_dict()
     with one_line(where, CheckpointError):
-        if isinstance(tower, HFEncoder):
-            # transformers' own reader: it knows the names that older versions and whole CLIP models use.
-            family: Any = type(tower.module)
-            backbone, info = family.from_pretrained(
-                folder, config=tower.config, dtype=torch.float32, output_loading_info=True
+        wanted = tower.module.state_dict()
+        weights = (
+            _hf_weights(tower, folder, where) if isinstance(tower, HFTower) else read_weights(folder, where)
+        )
+        if isinstance(tower, TimmTower):
+            weights = _timm_weights(tower, weights)
+        found = {name: weights[name] for name in wanted if name in weights}
+        shapes = [name for name in found if found[name].shape != wanted[name].shape]
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            raise CheckpointError(
+                f"{where}: {len(missing)} weights are not in the checkpoint and would be random, first "
+                f"{missing[0]}; the folder is incomplete or holds another model"
             )
-            refuse_missing(info, where, wanted)
-            weights = backbone.state_dict()
-        else:
-            from safetensors.torch import load_file
+        if shapes:
+            raise _other_shapes(where, {n: (found[n].shape, wanted[n].shape) for n in shapes})
+        load_exactly(tower.module, found)
 
-            file = folder / "model.safetensors"
+
+def _hf_weights(tower: HFTower, folder: Path, where: str) -> dict[str, Tensor]:
+    """What a folder holds for a tower of transformers, by the tower's names."""
+    # transformers' own reader: it knows the names that older versions and whole CLIP models use.
+    family: Any = type(tower.backbone)
+    whole, info = family.from_pretrained(
+        folder,
+        config=copy.deepcopy(tower.config),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    weights: dict[str, Tensor] = whole.state_dict()
+    wanted = set(tower.backbone.state_dict())
+    misshapen = {name: shapes for name, *shapes in info["mismatched_keys"] if name in wanted}
+    if misshapen:
+        raise _other_shapes(where, misshapen)
+    # What is missing it has filled with random numbers.
+    held = {name: weights[name] for name in weights if name not in info["missing_keys"]}
+    # A larger model keeps its tower under a name of its own, such as vision_model. Not if only some are
+    # missing: the text half of a CLIP has weights of the same names.
+    if not wanted & set(held):
+        held |= _inside(read_weights(folder, where), wanted)
+    return held
+
+
+def _other_shapes(where: str, shapes: Mapping[str, Sequence[Sequence[int]]]) -> CheckpointError:
+    """The error for weights of another shape: by name the one found, the one expected."""
+    first = min(shapes)
+    found, expected = (tuple(shape) for shape in shapes[first])
+    return CheckpointError(
+        f"{where}: {len(shapes)} weights have another shape than config.json says, first {first}: {found} "
+        f"for {expected}"
+    )
+
+
+def _inside(weights: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """Those of ``weights`` that are called as ``wanted`` behind one common prefix, if there is one."""
+    name = min(wanted)
+    prefixes = {full[: -len(name)] for full in weights if full.endswith(name)}
+    fitting = [prefix for prefix in prefixes if all(prefix + each in weights for each in wanted)]
+    return {each: weights[fitting[0] + each] for each in wanted} if len(fitting) == 1 else {}
+
+
+def _timm_weights(tower: TimmTower, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a folder holds for a tower of timm, by the tower's names."""
+    found = {name.removeprefix("timm_model."): tensor for name, tensor in weights.items()}
+    wanted = tower.backbone.state_dict()
+    if all(name in found and found[name].shape == wanted[name].shape for name in wanted):
+        return found
+    # Older layouts, and learned positions of another size: timm translates them when it reads a checkpoint.
+    translate = getattr(sys.modules[type(tower.backbone).__module__], "checkpoint_filter_fn", None)
+    return found if translate is None else dict(translate(found, tower.backbone))
+
+
+def read_weights(folder: Path, where: str) -> dict[str, Tensor]:
+    """Every tensor of a folder: ``model.safetensors``, in pieces or whole, or ``pytorch_model.bin``.
+
+    Raises:
+        CheckpointError: it holds neither, or a piece is missing.
+    """
+    from safetensors.torch import load_file
+
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        files = [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            files = [folder / piece for piece in sorted(set(read_json(index, where)["weight_map"].values()))]
+        elif not files[0].is_file():
+            continue
+        weights: dict[str, Tensor] = {}
+        for file in files:
             if not file.is_file():
-                raise CheckpointError(f"{where}: has no model.safetensors")
-            weights = load_file(file)
-        load_exactly(tower.module, {name: weights[name] for name in weights if name in wanted})
+                raise CheckpointError(f"{where}: has no {file.name}, which {index.name} names")
+            # Without pickle, or of pickle only tensors: nothing in a checkpoint is run.
+            safe = name.endswith(".safetensors")
+            weights |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        return weights
+    raise CheckpointError(f"{where}: has neither model.safetensors nor pytorch_model.bin")
 
 
 def refuse_missing(info: Mapping[str, Any], where: str, wanted: Mapping[str, Any] | None = None) -> None:

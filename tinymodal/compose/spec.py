@@ -31,8 +31,8 @@ class LanguageSpec(Value):
     tokenizer: str | None = None
     """Its folder or Hub name. Needed with ``config``; with ``path`` it replaces the folder's own."""
     template: str = "chatml"
-    """How a conversation is written: ``plain``, ``vicuna_v1``, ``chatml``, ``tokenizer`` (the tokenizer's own
-    chat template), or your own ``my_llm.py:TEMPLATE``."""
+    """How a conversation is written: ``chatml``, ``vicuna_v1``, ``phi`` and others (docs/templates.md),
+    ``tokenizer`` (the tokenizer's own chat template), or your own ``my_llm.py:TEMPLATE``."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> LanguageSpec:
@@ -47,27 +47,64 @@ class LanguageSpec(Value):
 class VisionSpec(Value):
     """The vision tower, what is taken from it, and the connector that joins it to the language model."""
 
-    path: str | None = None
-    """Folder or Hub name of a pretrained tower; a full CLIP or SigLIP folder is read for its vision half."""
+    path: str | tuple[str, ...] | None = None
+    """Folder or Hub name of a pretrained tower; a full CLIP or SigLIP folder is read for its vision half. Two
+    names: both towers look, and their features stand side by side."""
     config: dict[str, Any] | None = None
     """A new tower instead: ``{ model_type = "siglip_vision_model", hidden_size = 64, ... }``."""
     connector: str = "mlp"
-    """``identity``, ``linear``, ``mlp`` or ``pixel_shuffle``."""
-    options: dict[str, int | float | str] = {}
+    """Its name: ``linear``, ``mlp``, ``pixel_shuffle``, ``perceiver`` and others, see docs/connectors.md."""
+    options: dict[str, bool | int | float | str] = {}
     """The connector's own options, e.g. ``{ ratio = 2 }``."""
-    feature_layer: Number = -2
-    """Hidden state that is read, counted as in LLaVA: -1 is the last block's output, -2 the one before."""
-    resize: Literal["square", "pad"] = "square"
-    """``square`` stretches a picture to the tower's size; ``pad`` first fills its short side with grey (the
-    mean colour)."""
+    marks: tuple[str, ...] = ()
+    """Learned embeddings around and between a picture's tokens: ``start``, ``end``, ``newline`` (closes a row),
+    ``tile_start``, ``tile_end``, ``tile_newline`` and ``id``. They train with the connectors."""
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    """How the tokens of tiles follow one another: tile by tile, or row by row over the whole picture, without or
+    with the rows and columns of padding taken out (LLaVA-NeXT)."""
+    feature_layer: Number | tuple[Number, ...] = -2
+    """Hidden state that is read, counted as in LLaVA: -1 is the last block's output, -2 the one before. A list:
+    their features side by side."""
+    keep_class: Annotated[bool, Strict()] = False
+    """Keep the class token (and registers) of a tower that has one."""
+    final_norm: Annotated[bool, Strict()] = False
+    """Apply the tower's last norm to what is read (OmniLMM); left out, features come from before it."""
+    drop_first: Annotated[bool, Strict()] = False
+    """Leave out the first patch of a tower without a class token: what TinyLLaVA's SigLIP models were trained
+    with. Not for new models."""
+    resize: Literal["square", "crop", "pad", "anyres", "slices", "tiles", "native"] = "square"
+    """``square`` stretches a picture to the tower's size; ``crop`` cuts its middle out; ``pad`` first fills its
+    short side with the mean colour. ``anyres``, ``slices`` and ``tiles`` show it whole and in pieces;
+    ``native`` keeps its shape. See docs/resolutions.md."""
     size_px: Count | None = None
-    """Edge of the prepared picture; left out, what the tower was trained on."""
+    """Edge of the prepared picture or tile; left out, what the tower was trained on."""
+    pinpoints: tuple[tuple[Count, Count], ...] | None = None
+    """``anyres``: heights and widths that pieces may cover together; left out, LLaVA-NeXT's, scaled to the
+    tower."""
+    max_tiles: Count | None = None
+    """At most so many pieces besides the whole picture; left out, 9 for ``slices``, 12 for ``tiles``, and as many
+    as the pinpoints have for ``anyres``."""
+    longest_px: Count | None = None
+    """``tiles``: stretch the longer edge to so many pixels, in whole tiles (SmolVLM); left out, the grid of tiles
+    is the one nearest to the picture's shape (InternVL)."""
+    thumbnail: Annotated[bool, Strict()] | None = None
+    """``tiles``: show the whole picture too; left out, yes."""
+    fit_pixels: tuple[Count, Count] | None = None
+    """``native``: least and most pixels after resizing."""
     max_pixels: Count | None = None
     """Pictures with more pixels are refused before they are decoded; left out, 89,478,485."""
+
+    normalise: Literal["own", "first"] = "own"
+    """Two towers: each sees the picture normalised as it was pretrained, or both as the first was (TinyLLaVA's
+    MoF)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> VisionSpec:
         one_origin(self.path, self.config, "vision")
+        if isinstance(self.path, tuple) and len(self.path) != 2:
+            raise ValueError(f"vision.path names {len(self.path)} towers; give one name, or a list of two")
+        if self.normalise != "own" and not isinstance(self.path, tuple):
+            raise ValueError("'normalise' is for two towers: path = ['FIRST', 'SECOND']")
         return self
 
 
@@ -96,7 +133,7 @@ class ModelSpec(Value):
         return self
 
 
-def one_origin(path: str | None, config: dict[str, Any] | None, part: str) -> None:
+def one_origin(path: str | tuple[str, ...] | None, config: dict[str, Any] | None, part: str) -> None:
     """Refuse a part that is both pretrained and new, or neither, or new of no family."""
     if (path is None) == (config is None):
         found = "both" if path is not None else "neither"

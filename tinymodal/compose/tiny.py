@@ -25,8 +25,30 @@ WORDS = (
     "of in on and or with same different user assistant system USER ASSISTANT answer question"
 )
 
-LanguageKind = Literal["llama", "qwen2", "qwen3", "phi", "gemma2", "gpt2", "stablelm", "smollm3"]
-VisionKind = Literal["clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2"]
+LanguageKind = Literal[
+    "llama",
+    "qwen2",
+    "qwen3",
+    "phi",
+    "gemma2",
+    "gpt2",
+    "stablelm",
+    "smollm3",
+    "openelm",
+    "minicpm",
+    "tinygptv_phi",
+]
+VisionKind = Literal[
+    "clip_vision_model",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "blip_2_vision_model",
+    "tinymodal_timm",
+    "tinymodal_pair",
+]
 
 
 def tiny_tokenizer(words: Iterable[str] = (), chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -80,6 +102,8 @@ def tiny_language(kind: LanguageKind | str = "llama", vocab_size: int | None = N
     """
     from transformers import CONFIG_MAPPING
 
+    from tinymodal.model.language import OWN_LANGUAGES
+
     values: dict[str, Any] = {
         "vocab_size": len(tiny_tokenizer()) if vocab_size is None else vocab_size,
         "hidden_size": 32,
@@ -96,8 +120,21 @@ def tiny_language(kind: LanguageKind | str = "llama", vocab_size: int | None = N
         "n_inner": 64,
         "ffn_dim": 64,
         "word_embed_proj_dim": 32,
+        # MiniCPM's three scales.
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 8,
     }
-    family = CONFIG_MAPPING[kind]()
+    if kind == "openelm":
+        # Its own names; the second layer is twice as wide as the first.
+        shapes = {"model_dim": 32, "head_dim": 8, "num_transformer_layers": 2, "max_context_length": 1024}
+        layers = {"qkv_multipliers": [0.5, 1.0], "num_gqa_groups": 2, "ffn_multipliers": [1.0, 2.0]}
+        rest = {"ffn_dim_divisor": 16, "normalize_qk_projections": True, "share_input_output_layers": True}
+        kept = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+        return {"model_type": kind} | {key: values[key] for key in kept} | shapes | layers | rest
+    if kind == "tinygptv_phi":
+        del values["num_key_value_heads"]
+    family = OWN_LANGUAGES[kind].config() if kind in OWN_LANGUAGES else CONFIG_MAPPING[kind]()
     return {"model_type": kind} | {key: value for key, value in values.items() if hasattr(family, key)}
 
 
@@ -105,9 +142,30 @@ def tiny_vision(kind: VisionKind | str = "siglip_vision_model", image_px: int = 
     """A config for :class:`~tinymodal.compose.spec.VisionSpec`: three blocks, 32 wide, patches of 4 px.
 
     Args:
-        kind: a tower's ``model_type``.
+        kind: a tower's ``model_type``; or ``timm:`` and timm's name of a model with blocks, such as
+            ``timm:eva_giant_patch14_clip_224`` (``tinymodal_timm`` alone is EVA02-CLIP-E).
         image_px: edge of the picture; 24 px are a 6 x 6 grid.
     """
+    model_type, _, architecture = kind.partition(":")
+    if model_type in ("timm", "tinymodal_timm"):
+        return _tiny_timm(architecture or "eva02_enormous_patch14_clip_224", image_px)
+    if kind == "tinymodal_pair":
+        towers = [tiny_vision("clip_vision_model", image_px), tiny_vision("dinov2", image_px)]
+        return {"model_type": kind, "towers": towers}
+    if kind == "tinymodal_written":
+        return {"model_type": kind, "image_size": image_px, "hidden_size": 32}
+    if kind == "tinymodal_tower":
+        return {
+            "model_type": kind,
+            "image_size": image_px,
+            "channels": [8, 32],
+            "residual_convs": [0, 1],
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+    if kind.endswith(("convnext", "convnextv2")):
+        sizes = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
+        return {"model_type": kind, "image_size": max(32, image_px), **sizes}
     config: dict[str, Any] = {
         "model_type": kind,
         "hidden_size": 32,
@@ -120,21 +178,25 @@ def tiny_vision(kind: VisionKind | str = "siglip_vision_model", image_px: int = 
     if kind == "siglip2_vision_model":
         config["num_patches"] = (image_px // 4) ** 2
         del config["image_size"]
-    if kind.startswith("dinov2"):
+    if kind in ("dinov2", "dinov2_with_registers"):
         config["mlp_ratio"] = 2
         del config["intermediate_size"]
-    if kind == "tinymodal_written":
-        return {"model_type": kind, "image_size": image_px, "hidden_size": 32}
-    if kind == "tinymodal_tower":
-        return {
-            "model_type": kind,
-            "image_size": image_px,
-            "channels": [8, 32],
-            "residual_convs": [0, 1],
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        }
+    if kind == "dinov3_vit":
+        config["num_register_tokens"] = 4
     return config
+
+
+def _tiny_timm(architecture: str, image_px: int) -> dict[str, Any]:
+    """A model of timm whose blocks are of the named one's kind."""
+    sizes = {
+        "img_size": image_px,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+    }
+    return {"model_type": "tinymodal_timm", "architecture": architecture, "model_args": sizes}
 
 
 def tiny_model(
@@ -145,8 +207,9 @@ def tiny_model(
     seed: int = 0,
     *,
     options: dict[str, int | float | str] | None = None,
-    feature_layer: int = -2,
+    feature_layer: int | tuple[int, ...] = -2,
     image_px: int = 24,
+    sight: dict[str, Any] | None = None,
     words: Iterable[str] = (),
     tokenizer: PreTrainedTokenizerFast | None = None,
     **language_config: Any,
@@ -162,6 +225,7 @@ def tiny_model(
         options: of the connector.
         feature_layer: hidden state that is read, counted as in LLaVA.
         image_px: edge of the prepared picture.
+        sight: further keys of :class:`~tinymodal.compose.spec.VisionSpec`, e.g. ``{"resize": "tiles"}``.
         words: see :func:`tiny_tokenizer`.
         tokenizer: instead of :func:`tiny_tokenizer`'s.
         language_config: further keys of the language model's config, or other values for them.
@@ -183,6 +247,7 @@ def tiny_model(
             connector=connector,
             options=options or {},
             feature_layer=feature_layer,
+            **(sight or {}),
         ),
     )
     return compose(spec, tokenizer, seed)

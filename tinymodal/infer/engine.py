@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Encoded, Sample
+from tinymodal.data.collate import gather
 
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 WINDOW = 8
 """Batches encoded at once and sorted by length: more means less padding and more pictures in memory."""
+WINDOW_PIXELS = 1 << 25
+"""Pixels of prepared tiles after which a window takes no further batch: 400 MB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +73,8 @@ class Engine:
 
     Args:
         composed: model and encoder of ``compose.build.load``. The model is put into eval mode for every reply
-            and back again after it, so an engine may also be lent a model that is being trained.
+            and each of its modules back into its own after it, so an engine may also be lent a model that is
+            being trained.
     """
 
     def __init__(self, composed: Composed) -> None:
@@ -82,9 +86,8 @@ class Engine:
         self.stop_ids = frozenset(composed.encoder.stop_ids)
         self.room: int | None = composed.encoder.max_prompt_tokens
         """Positions the language model was made for, prompt and reply together; None: any number."""
-        # A stop that is several tokens (a template of your own may have one) is looked for in the text.
-        single = {self.tokenizer.decode([i]) for i in self.stop_ids}
-        self.stop_words = tuple(stop for stop in composed.encoder.template.stops if stop not in single)
+        # A stop that is plain text, such as "###", may come in any tokens and is looked for in the text.
+        self.stop_words = tuple(composed.encoder.template.stop_words)
 
     def reply(
         self,
@@ -105,8 +108,7 @@ class Engine:
             DataError: a sample cannot be encoded, or is longer than the model can read.
         """
         replies: list[Reply] = []
-        for start in range(0, len(samples), batch_size * WINDOW):
-            encoded = [self.encode(sample) for sample in samples[start : start + batch_size * WINDOW]]
+        for encoded in self._windows(samples, batch_size):
             order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
             found: dict[int, Reply] = {}
             for first in range(0, len(order), batch_size):
@@ -159,6 +161,20 @@ class Engine:
 
     # Decoding
 
+    def _windows(self, samples: Sequence[Sample], batch_size: int) -> Iterator[list[Encoded]]:
+        """The encoded samples in stretches of whole batches, see ``WINDOW`` and ``WINDOW_PIXELS``."""
+        window: list[Encoded] = []
+        pixels = 0
+        for sample in samples:
+            window.append(self.encode(sample))
+            pixels += sum(tile[0].numel() for item in window[-1].media for tile in item.tiles)
+            full = len(window) == batch_size * WINDOW or pixels >= WINDOW_PIXELS
+            if full and len(window) % batch_size == 0:
+                yield window
+                window, pixels = [], 0
+        if window:
+            yield window
+
     def _reply_batch(self, rows: Sequence[Encoded], sampling: Sampling) -> list[Reply]:
         room = self.room
         ids: list[list[int]] = [[] for _ in rows]
@@ -198,12 +214,13 @@ class Engine:
             sampling: how tokens are chosen.
             finished: asked with (row, token) after each step; True closes the row. None: the caller stops.
         """
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             yield from self._steps(rows, sampling, finished)
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
 
     def _steps(
         self, rows: Sequence[Encoded], sampling: Sampling, finished: Callable[[int, int], bool] | None
@@ -247,7 +264,7 @@ class Engine:
             }
             position_B = position_B + 1
 
-    def _prompts(self, rows: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
+    def _prompts(self, rows: Sequence[Encoded], device: torch.device) -> dict[str, Any]:
         """Rows padded on the left to the longest, and all their pictures in reading order."""
         longest = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id
@@ -257,15 +274,18 @@ class Engine:
         for i, row in enumerate(rows):
             ids_BT[i, longest - len(row) :] = row.ids
             mask_BT[i, longest - len(row) :] = 1
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": ids_BT,
             "attention_mask": mask_BT,
             "position_ids": (mask_BT.cumsum(1) - 1).clamp(min=0),
         }
-        pictures = [item.values for row in rows for item in row.media]
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        pictures = [(item, row.sample_id) for row in rows for item in row.media]
         if pictures:
-            inputs["pixel_values"] = torch.stack(pictures).to(self.model.dtype)
-        return {name: value.to(device) for name, value in inputs.items()}
+            tiles, take_K = gather(pictures)
+            inputs["pixel_values"] = tuple(same_size.to(device, self.model.dtype) for same_size in tiles)
+            inputs["image_take"] = take_K.to(device)
+        return inputs
 
     def _choose(self, logits_BV: Tensor, sampling: Sampling, random: torch.Generator) -> Tensor:
         """The next token of each row, int64 [B]."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 from tinymodal.core.errors import DataError, TinyModalError
-from tinymodal.core.types import Image, Message, Sample, Text
+from tinymodal.core.types import Image, Message, Part, Sample, Text
+from tinymodal.data.convert import Folders
+from tinymodal.data.convert import messages as as_sample
 from tinymodal.infer.engine import GREEDY, Engine, Sampling
 
 HELP = """\
@@ -37,6 +39,7 @@ class Chat:
     engine: Engine
     sampling: Sampling = GREEDY
     messages: list[Message] = field(default_factory=list)
+    """Questions and replies in turn; a reply that was stopped does not train."""
     waiting: list[Path] = field(default_factory=list)
     """Pictures shown since the last question."""
 
@@ -52,8 +55,10 @@ class Chat:
         self.engine.encode(sample)
         self.waiting.append(path)
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str) -> Generator[str]:
         """The reply in pieces. Question and reply are remembered once the reply is complete or was stopped.
+
+        It is stopped by Ctrl-C, or by closing the iterator.
 
         Raises:
             DataError: the question cannot be encoded, or the conversation has become too long.
@@ -65,15 +70,13 @@ class Chat:
             for piece in stream:
                 pieces.append(piece)
                 yield piece
-        except TinyModalError:
-            raise
-        except KeyboardInterrupt:
-            self._remember(user, pieces)
+        except (KeyboardInterrupt, GeneratorExit):
+            self._remember(user, pieces, train=False)
             raise
         self._remember(user, pieces)
 
-    def _remember(self, user: Message, pieces: Sequence[str]) -> None:
-        self.messages += [user, Message("assistant", (Text("".join(pieces)),))]
+    def _remember(self, user: Message, pieces: Sequence[str], train: bool | None = None) -> None:
+        self.messages += [user, Message("assistant", (Text("".join(pieces)),), train)]
         self.waiting.clear()
 
     def reset(self) -> None:
@@ -81,32 +84,64 @@ class Chat:
         self.messages.clear()
         self.waiting.clear()
 
-    def row(self) -> dict[str, object]:
-        """The conversation as a row of format ``messages``."""
-        turns = []
-        for message in self.messages:
-            content = []
-            for part in message.parts:
-                if isinstance(part, Text):
-                    content.append({"type": "text", "text": part.text})
-                else:
-                    content.append({"type": "image", "image": str(Path(str(part.source)).resolve())})
-            turns.append({"role": message.role, "content": content})
-        return {"messages": turns}
+    def row(self) -> tuple[dict[str, list[dict[str, object]]], list[str]]:
+        """The conversation as a row of format ``messages``, and what was left out of it and why.
 
-    def save(self, path: Path) -> None:
-        """Append the conversation to a .jsonl file.
+        Questions with a reply that was stopped, or that training would refuse, are left out with it. Their
+        pictures go with the next question, which may be about them.
+        """
+        kept: list[dict[str, object]] = []
+        left_out: list[str] = []
+        pictures: list[Part] = []
+        for question, reply in zip(self.messages[::2], self.messages[1::2], strict=True):
+            both = [_written(replace(question, parts=(*pictures, *question.parts))), _written(reply)]
+            words = " ".join(part.text for part in question.parts if isinstance(part, Text))
+            if reason := self._refusal(repr(words[:60]), both, reply):
+                left_out.append(reason)
+                pictures += [part for part in question.parts if isinstance(part, Image)]
+            else:
+                kept += both
+                pictures.clear()
+        return {"messages": kept}, left_out
+
+    def _refusal(self, name: str, both: list[dict[str, object]], reply: Message) -> str:
+        """Why the question called ``name`` and its reply cannot be trained on; empty where they can."""
+        if not reply.trains:
+            return f"{name}: the reply was stopped"
+        try:
+            self.engine.encoder(as_sample({"messages": both}, row_id=name, images=Folders(Path())))
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def save(self, path: Path) -> list[str]:
+        """Append the conversation to a .jsonl file; what was left out of it and why, see :meth:`row`.
 
         Raises:
-            DataError: nothing was said yet, or the file cannot be written.
+            DataError: nothing was said yet, nothing of it can be trained on, or the file cannot be written.
         """
         if not self.messages:
             raise DataError("nothing to save: nothing was said yet.")
+        row, left_out = self.row()
+        if not row["messages"]:
+            raise DataError(f"nothing to save: training would refuse all of it ({left_out[0]}).")
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.row(), ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror}.") from error
+        return left_out
+
+
+def _written(message: Message) -> dict[str, object]:
+    """A message as a row holds it, with the pictures' whole paths."""
+    content = []
+    for part in message.parts:
+        if isinstance(part, Text):
+            content.append({"type": "text", "text": part.text})
+        else:
+            content.append({"type": "image", "image": str(Path(str(part.source)).resolve())})
+    return {"role": message.role, "content": content}
 
 
 def chat(
@@ -149,8 +184,10 @@ def chat(
             if text.startswith("/"):
                 _command(talk, text, err)
             else:
-                for piece in talk.ask(text):
-                    print(piece, end="", file=out, flush=True)
+                # Closed at once, so that a turn that is stopped here is remembered too.
+                with contextlib.closing(talk.ask(text)) as pieces:
+                    for piece in pieces:
+                        print(piece, end="", file=out, flush=True)
                 print(file=out, flush=True)
         except TinyModalError as error:
             errors += 1
@@ -176,7 +213,8 @@ def _command(talk: Chat, text: str, err: TextIO) -> None:
         talk.reset()
         print("forgotten", file=err)
     elif name == "/save":
-        talk.save(path)
+        for left_out in talk.save(path):
+            print(f"left out: {left_out}", file=err)
         print(f"written to {path}", file=err)
     elif name == "/help":
         print(HELP, file=err)
@@ -184,10 +222,13 @@ def _command(talk: Chat, text: str, err: TextIO) -> None:
         raise DataError(f"unknown command {name}; /help lists them. A question may not begin with a slash.")
 
 
-def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Questions out of lines: one that ends with a backslash goes on in the next."""
+def _joined(lines: Iterable[str | None]) -> Iterator[str]:
+    """Questions out of lines: one that ends with a backslash goes on in the next; None takes it back."""
     question = ""
     for line in lines:
+        if line is None:
+            question = ""
+            continue
         question += line.strip()
         if question.endswith("\\"):
             question = question[:-1] + "\n"
@@ -198,8 +239,8 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
         yield question
 
 
-def _typed(out: TextIO) -> Iterator[str]:
-    """Lines typed at a prompt, until Ctrl-D; Ctrl-C clears the line."""
+def _typed(out: TextIO) -> Iterator[str | None]:
+    """Lines typed at a prompt, until Ctrl-D; None where Ctrl-C took back what was typed."""
     while True:
         try:
             yield input("\n> ")
@@ -208,6 +249,7 @@ def _typed(out: TextIO) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)", file=out)
+            yield None
 
 
 def _enable_line_editing() -> None:

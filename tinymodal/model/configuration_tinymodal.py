@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from .connectors import find_connector
 from .encoders import tower_config
+from .geometry import MERGES, mark_rows
+from .language import language_config as language_config
 
 AUTO_MAP = {
     "AutoConfig": "configuration_tinymodal.TinyModalConfig",
@@ -27,8 +29,12 @@ class TinyModalConfig(PreTrainedConfig):
         text_config: the language model's own config, or its values with ``model_type``.
         vision_config: the tower's own config, with all its blocks also behind the feature layer; or None: no
             pictures.
-        connectors: ``{"image": {"name": "mlp", "options": {"depth": 2}}}``; kept with every option spelt out.
-        feature_layer: which hidden state of the tower is used, counted as in LLaVA.
+        connectors: ``{"image": {"name": "mlp", "options": {"depth": 2}, "marks": [], "merge": "flat"}}``;
+            kept with every option spelt out. ``marks`` are the learned embeddings around and between tokens,
+            ``merge`` how tiles are put together again (``geometry.arrange``).
+        feature_layer: which hidden state of the tower is used, counted as in LLaVA; a list: their features
+            side by side.
+        keep_class: keep the class token (and registers) of a tower that has one, before the patches.
         image_token_id: token that holds the place of one image embedding.
         chat_template: name of the template it was trained with; ``tokenizer`` for the tokenizer's own.
         **kwargs: what every transformers config takes; ``tie_word_embeddings`` is as the language model's.
@@ -47,7 +53,8 @@ class TinyModalConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         vision_config: PreTrainedConfig | dict[str, Any] | None = None,
         connectors: dict[str, Any] | None = None,
-        feature_layer: int = -2,
+        feature_layer: int | list[int] = -2,
+        keep_class: bool = False,
         image_token_id: int | None = None,
         chat_template: str = "chatml",
         **kwargs: Any,
@@ -55,29 +62,12 @@ class TinyModalConfig(PreTrainedConfig):
         self.text_config = language_config(text_config)
         self.vision_config: Any = None if vision_config is None else tower_config(vision_config)
         self.connectors = settled_connectors(connectors, sees=vision_config is not None)
-        self.feature_layer = feature_layer
+        self.feature_layer = feature_layer if isinstance(feature_layer, int) else list(feature_layer)
+        self.keep_class = keep_class
         self.image_token_id: Any = image_token_id
         self.chat_template = chat_template
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
-
-
-def language_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
-    """A language model's config object; llama's default where none is given, as transformers wants it.
-
-    Raises:
-        ValueError: if transformers does not know the ``model_type``, or the model is more than a language
-            model.
-    """
-    if config is None:
-        return CONFIG_MAPPING["llama"]()
-    if isinstance(config, dict):
-        values = dict(config)
-        model_type = values.pop("model_type", None)
-        if model_type not in CONFIG_MAPPING:
-            raise ValueError(f"transformers knows no language model of model_type {model_type!r}")
-        config = CONFIG_MAPPING[model_type](**values)
-    return config
 
 
 def settled_connectors(given: dict[str, Any] | None, sees: bool) -> dict[str, Any]:
@@ -91,7 +81,12 @@ def settled_connectors(given: dict[str, Any] | None, sees: bool) -> dict[str, An
     given = given or {"image": {"name": "mlp"}}
     if set(given) != {"image"}:
         raise ValueError(f"connectors are named by medium, here 'image'; got {sorted(given)}")
-    name = given["image"].get("name", "mlp")
-    return {
-        "image": {"name": name, "options": find_connector(name).settle(given["image"].get("options", {}))}
-    }
+    said = {"name": "mlp", "options": {}, "marks": [], "merge": "flat", **given["image"]}
+    if unknown := sorted(set(said) - {"name", "options", "marks", "merge"}):
+        raise ValueError(f"a connector has name, options, marks and merge; got {unknown} besides")
+    said["options"] = find_connector(said["name"]).settle(said["options"])
+    said["marks"] = list(said["marks"])
+    mark_rows(said["marks"])
+    if said["merge"] not in MERGES:
+        raise ValueError(f"unknown merge {said['merge']!r}; known: {', '.join(MERGES)}")
+    return {"image": said}

@@ -1,181 +1,114 @@
-"""Vision towers that transformers knows, each behind the one shape of :class:`MediaEncoder`.
+"""Vision towers by the ``model_type`` in their ``config.json``, each behind the shape of ``MediaEncoder``.
 
 An adapter absorbs its family's quirks: whether there is a class token to drop (CLIP and DINOv2 have one,
 SigLIP has none), whether pictures come as pixels or as patches (SigLIP 2), which norms and heads come after
-the chosen layer and are therefore not kept. ``ENCODERS`` at the end is the table; its key is the
-``model_type`` in the tower's own ``config.json``.
+the chosen layer and are therefore not kept. ``ENCODERS`` at the end is the table; what is not in it and
+begins with pictures goes to the general adapter of ``hf_tower.py``.
 """
-
-# Shapes: N items, h w patch grid, S = h*w positions, E width, p patch edge in px.
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .geometry import patch_grid
+from .hf_tower import HALF, IMAGENET, OPENAI_CLIP, AnyTower, HFTower, model_class
 from .image import Preparation
-from .media import Features, MediaEncoder
+from .media import MediaEncoder
+from .pair import PairConfig, PairTower
+from .timm_tower import TimmConfig, TimmTower, from_hub, is_timm, settled
 from .tower import OWN_CONFIGS, ConvTower, WrittenTower
 
-
-class HFEncoder(MediaEncoder):
-    """A backbone of transformers, cut after the last block that the chosen layer needs."""
-
-    leading_tokens: ClassVar[int] = 0
-    """Class token and registers: they come first and are not places in the picture."""
-    mean: ClassVar[tuple[float, ...]]
-    std: ClassVar[tuple[float, ...]]
-
-    def __init__(self, config: PreTrainedConfig, backbone: nn.Module) -> None:
-        super().__init__()
-        self.config = config
-        self.width = config.hidden_size
-        self.backbone = backbone
-
-    @property
-    def module(self) -> nn.Module:
-        return self.backbone
-
-    @classmethod
-    def build(cls, config: PreTrainedConfig, feature_layer: int = -2, attn: str | None = None) -> HFEncoder:
-        cut = copy.deepcopy(config)
-        cut.num_hidden_layers = num_blocks(config.num_hidden_layers, feature_layer)
-        cls.leave_out(cut)
-        if attn is not None:
-            cut._attn_implementation = attn
-        # The data type of the whole model, not the one this tower was once saved in.
-        backbone = AutoModel.from_config(cut, dtype=torch.get_default_dtype())
-        cls.strip(backbone)
-        return cls(cut, backbone)
-
-    @classmethod
-    def leave_out(cls, config: PreTrainedConfig) -> None:
-        """Switch off in ``config`` what comes after the last block."""
-
-    @classmethod
-    def strip(cls, backbone: Any) -> None:
-        """Remove from ``backbone`` what comes after the last block and cannot be switched off."""
-        getattr(backbone, "vision_model", backbone).post_layernorm = nn.Identity()
-
-    @classmethod
-    def grid(cls, config: PreTrainedConfig, size_px: tuple[int, int]) -> tuple[int, ...]:
-        return patch_grid(*size_px, edge_px(config.patch_size, "patch_size"))
-
-    @classmethod
-    def preparation_of(cls, config: PreTrainedConfig) -> Preparation:
-        edge = edge_px(config.image_size, "image_size")
-        return Preparation(edge, edge, mean=cls.mean, std=cls.std)
-
-    def forward(self, values: Tensor) -> Features:
-        grid = self.grid(self.config, (values.shape[2], values.shape[3]))
-        x_NSE = self.run(values, grid)
-        return Features(x_NSE[:, self.leading_tokens :], grid)
-
-    def run(self, values: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """[N, 3, H, W] -> [N, leading + S, E]."""
-        default = self.preparation_of(self.config).size_px
-        # Another size than the one of pretraining: the learned positions are interpolated.
-        resized = (values.shape[2], values.shape[3]) != default
-        return self.backbone(pixel_values=values, interpolate_pos_encoding=resized).last_hidden_state
+# Shapes: N items, h w patch grid, S = h*w positions, E width, p patch edge in px.
 
 
-class CLIP(HFEncoder):
+class CLIP(HFTower):
     """CLIP (arXiv:2103.00020): one class token first."""
 
-    leading_tokens = 1
-    mean = (0.48145466, 0.4578275, 0.40821073)
-    std = (0.26862954, 0.26130258, 0.27577711)
+    normalisation = OPENAI_CLIP
+    norm_name = "post_layernorm"
+
+    @classmethod
+    def leading_tokens(cls, config: PreTrainedConfig) -> int:
+        return 1
 
 
-class SigLIP(HFEncoder):
+class BLIP2(CLIP):
+    """The tower of BLIP-2 (arXiv:2301.12597): EVA-CLIP-g (arXiv:2303.15389) without its last block.
+
+    Its config counts the 39 blocks that are left, so what MiniGPT-4 and TinyGPT-V read is ``feature_layer``
+    -1 with the class token. ``final_norm`` is BLIP-2's ``ln_vision``, which belongs to the Q-Former.
+    """
+
+
+class SigLIP(HFTower):
     """SigLIP (arXiv:2303.15343) and SigLIP 2 of fixed resolution: no class token, all are patches."""
 
-    mean = (0.5, 0.5, 0.5)
-    std = (0.5, 0.5, 0.5)
+    normalisation = HALF
+    norm_name = "post_layernorm"
 
     @classmethod
     def leave_out(cls, config: PreTrainedConfig) -> None:
         config.vision_use_head = False
 
 
-class SigLIP2(HFEncoder):
-    """SigLIP 2 in its flexible form (arXiv:2502.14786), at one size: it takes patches, not pixels."""
-
-    mean = (0.5, 0.5, 0.5)
-    std = (0.5, 0.5, 0.5)
-
-    @classmethod
-    def leave_out(cls, config: PreTrainedConfig) -> None:
-        config.vision_use_head = False
+class SigLIP2(SigLIP):
+    """SigLIP 2 in its flexible form, NaFlex (arXiv:2502.14786): any rows and columns, given as patches."""
 
     @classmethod
     def preparation_of(cls, config: PreTrainedConfig) -> Preparation:
-        edge = round(config.num_patches**0.5) * edge_px(config.patch_size, "patch_size")
-        return Preparation(edge, edge, mean=cls.mean, std=cls.std, resample="bilinear")
+        edge = round(config.num_patches**0.5) * cls.patch_px(config)
+        return Preparation(edge, edge, *cls.normalisation, resample="bilinear")
 
-    def run(self, values: Tensor, grid: tuple[int, ...]) -> Tensor:
-        h, w = grid
-        p = edge_px(self.config.patch_size, "patch_size")
+    def run(self, values: Tensor, **flags: Any) -> Any:
+        h, w = self.patches(self.config, (values.shape[2], values.shape[3]))
+        p = self.patch_px(self.config)
         x_N3hpwp = values[:, :, : h * p, : w * p].unflatten(3, (w, p)).unflatten(2, (h, p))
         # Within a patch: row, column, channel, as transformers' own image processor flattens it.
         x_NSP = x_N3hpwp.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        shapes = torch.tensor([[h, w]]).expand(len(values), 2)
-        out = self.backbone(pixel_values=x_NSP, pixel_attention_mask=None, spatial_shapes=shapes)
-        return out.last_hidden_state
+        # On the CPU wherever the model is: transformers asks for the numbers one by one.
+        shapes = torch.tensor([[h, w]], device="cpu").expand(len(values), 2)
+        return self.backbone(pixel_values=x_NSP, pixel_attention_mask=None, spatial_shapes=shapes, **flags)
 
 
-class DINOv2(HFEncoder):
-    """DINOv2 (arXiv:2304.07193): one class token first; reads any size."""
+class DINOv2(HFTower):
+    """DINOv2 (arXiv:2304.07193), also with registers (arXiv:2309.16588), which follow the class token."""
 
-    leading_tokens = 1
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
+    norm_name = "layernorm"
+
+    @classmethod
+    def leading_tokens(cls, config: PreTrainedConfig) -> int:
+        return 1 + getattr(config, "num_register_tokens", 0)
 
     @classmethod
     def strip(cls, backbone: Any) -> None:
-        backbone.layernorm = nn.Identity()
         backbone.embeddings.mask_token = None
 
-    def run(self, values: Tensor, grid: tuple[int, ...]) -> Tensor:
-        return self.backbone(pixel_values=values).last_hidden_state
+    def run(self, values: Tensor, **flags: Any) -> Any:
+        return self.backbone(pixel_values=values, **flags)
 
 
-class DINOv2WithRegisters(DINOv2):
-    """DINOv2 with registers (arXiv:2309.16588): they follow the class token."""
+class DINOv3(DINOv2):
+    """DINOv3 (arXiv:2508.10104): rotary positions, so any size; registers after the class token."""
 
-    def forward(self, values: Tensor) -> Features:
-        grid = self.grid(self.config, (values.shape[2], values.shape[3]))
-        x_NSE = self.run(values, grid)
-        return Features(x_NSE[:, 1 + self.config.num_register_tokens :], grid)
+    norm_name = "norm"
+    shifts: ClassVar[tuple[str, ...]] = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+    """In train mode transformers moves and scales the positions at random, as pretraining did; a tower that
+    is trained along with a language model shall say the same of the same picture."""
 
+    @classmethod
+    def leave_out(cls, config: PreTrainedConfig) -> None:
+        for shift in cls.shifts:
+            setattr(config, shift, None)
 
-def num_blocks(layers: int, feature_layer: int) -> int:
-    """Blocks that must run so that hidden state ``feature_layer`` of ``layers + 1`` exists.
-
-    Raises:
-        ValueError: if there is no such hidden state.
-    """
-    if not -layers - 1 <= feature_layer <= layers:
-        raise ValueError(
-            f"feature_layer {feature_layer}, but a tower of {layers} blocks has hidden states {-layers - 1} "
-            f"to {layers}"
-        )
-    return feature_layer % (layers + 1)
-
-
-def edge_px(size: int | list[int] | tuple[int, ...], name: str) -> int:
-    """Edge of a square that a config gives as one number or as two equal ones."""
-    edges = {size} if isinstance(size, int) else set(size)
-    if len(edges) != 1:
-        raise ValueError(f"expected a square {name}, got {size}")
-    return edges.pop()
+    @classmethod
+    def preparation_of(cls, config: PreTrainedConfig) -> Preparation:
+        edge = super().preparation_of(config).height_px
+        return Preparation(edge, edge, *IMAGENET, resample="bilinear")
 
 
 def encoder_of(config: PreTrainedConfig) -> type[MediaEncoder]:
@@ -184,53 +117,70 @@ def encoder_of(config: PreTrainedConfig) -> type[MediaEncoder]:
     Raises:
         ValueError: if there is none; names the nearest.
     """
-    return find_encoder(config.model_type)
+    if config.model_type in ENCODERS:
+        return ENCODERS[config.model_type]
+    if model_class(config) is not None:
+        return AnyTower
+    raise _unknown(config.model_type)
 
 
-def find_encoder(model_type: str) -> type[MediaEncoder]:
-    """The adapter for a ``model_type``; see :func:`encoder_of`."""
-    if model_type not in ENCODERS:
-        close = difflib.get_close_matches(model_type, ENCODERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"no tower for model_type {model_type!r}; known: {', '.join(ENCODERS)}{hint}")
-    return ENCODERS[model_type]
+def _unknown(model_type: str) -> ValueError:
+    close = difflib.get_close_matches(model_type, ENCODERS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ValueError(
+        f"no tower for model_type {model_type!r}; known: {', '.join(ENCODERS)}, and whatever of transformers "
+        f"begins with pictures{hint}"
+    )
 
 
 def tower_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConfig:
     """A tower's config from what its ``config.json`` holds.
 
-    Of a whole CLIP or SigLIP, which also reads text, the part that sees.
+    Of a whole CLIP, SigLIP or BLIP-2, which also reads text, the part that sees. A folder of timm, or
+    transformers' wrapper of one, becomes a :class:`~.timm_tower.TimmConfig`.
 
     Raises:
         ValueError: if there is no adapter for it.
     """
     if isinstance(config, PreTrainedConfig):
         found = config
+    elif is_timm(config):
+        found = from_hub(config)
     else:
         values = dict(config)
         model_type = values.pop("model_type", None)
-        if model_type in OWN_CONFIGS:
-            found = OWN_CONFIGS[model_type](**values)
+        if model_type in OF_OURS:
+            found = OF_OURS[model_type](**values)
         elif model_type in CONFIG_MAPPING:
             found = CONFIG_MAPPING[model_type](**values)
         else:
-            find_encoder(str(model_type))
-            raise ValueError(f"transformers knows no config for model_type {model_type!r}")
-    if found.model_type in WHOLE_MODELS:
-        found = found.vision_config
+            raise _unknown(str(model_type))
+    if isinstance(found, TimmConfig):
+        return settled(found)
+    part = getattr(found, "vision_config", None)
+    if found.model_type not in ENCODERS and isinstance(part, PreTrainedConfig):
+        found = part
     encoder_of(found)
     return found
 
 
-WHOLE_MODELS = ("clip", "siglip", "siglip2")
-"""Models of a tower and a text encoder, whose ``vision_config`` is the tower's."""
+OF_OURS: dict[str, type[PreTrainedConfig]] = {
+    **OWN_CONFIGS,
+    TimmConfig.model_type: TimmConfig,
+    PairConfig.model_type: PairConfig,
+}
+"""Configs that transformers' ``AutoConfig`` does not know."""
 
 ENCODERS: dict[str, type[MediaEncoder]] = {
     "clip_vision_model": CLIP,
     "siglip_vision_model": SigLIP,
     "siglip2_vision_model": SigLIP2,
     "dinov2": DINOv2,
-    "dinov2_with_registers": DINOv2WithRegisters,
+    "dinov2_with_registers": DINOv2,
+    "dinov3_vit": DINOv3,
+    "blip_2_vision_model": BLIP2,
+    "tinymodal_timm": TimmTower,
+    "tinymodal_pair": PairTower,
     "tinymodal_tower": ConvTower,
     "tinymodal_written": WrittenTower,
 }

@@ -1,8 +1,9 @@
-"""A picture file as the tower wants it: upright, RGB, 8 bit, then resized and normalised. PIL and torch only.
+"""A picture file as the tower wants it: upright, RGB, 8 bit, then cut and normalised. PIL and torch only.
 
 Reading and preparing are two steps. :func:`load_image` absorbs what files do to us (orientation flags,
-palettes, transparency, CMYK, 16 bits, animations, bombs, half a file) and refuses what it cannot read rightly
-with a sentence; :func:`prepare` is arithmetic. No torchvision: transformers' image processors change backend
+palettes, transparency, CMYK, 16 bits, animations, bombs, half a file) and refuses what it cannot read
+rightly with a sentence; :func:`cut` and :func:`prepare` (``tiles.py``) are arithmetic, and a
+:class:`Preparation` is what they need to know. No torchvision: transformers' image processors change backend
 with what is installed, and a number may not depend on that.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,28 +19,44 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+
+from .strategies import STRATEGIES
+from .tiles import cut, prepare
+
+__all__ = ["MAX_PIXELS", "Preparation", "cut", "load_image", "prepare"]
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded unless another limit is given: 1024**3 // 4 // 3, a quarter gigabyte of
 RGB. It is the size at which Pillow begins to warn of a decompression bomb; from twice that size on Pillow
 always refuses."""
 
-LONGEST_PAD_PX = 4096
-"""A longer picture is shrunk to this edge before it is padded to a square, so that a 60,000 x 1 strip does
-not become a square of 60,000."""
-
 WHITE = (255, 255, 255)
+
+Resize = Literal["square", "crop", "pad", "anyres", "slices", "tiles", "native"]
+
+RESAMPLES = ("bicubic", "bilinear", "lanczos")
+
+LLAVA_NEXT = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+"""Rows and columns of the canvases of LLaVA-1.6's checkpoints, in their order."""
+
+READ_BY = {
+    "pinpoints": ("anyres",),
+    "max_tiles": ("anyres", "slices", "tiles"),
+    "longest_px": ("tiles",),
+    "fit_pixels": ("native",),
+}
+"""Which strategies read a field; for the others it must be left at its default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """How a picture becomes the tower's input.
+    """How a picture becomes the tower's input: the strategy and its numbers.
+
+    What is left at 0 or empty takes the strategy's own default, which is then what the field holds.
 
     Raises:
-        ValueError: for a size below 1 px, mean or std that are not three numbers, an unknown way to resize.
+        ValueError: for a size below 1 px, mean or std that are not three numbers, an unknown way to resize, a
+            field that the strategy does not read, or numbers it cannot work with.
     """
 
     height_px: int
@@ -48,27 +65,86 @@ class Preparation:
     """Per channel, of values in [0, 1]."""
     std: tuple[float, ...]
     """Per channel, of values in [0, 1]."""
-    resize: Literal["square", "pad"] = "square"
-    """``square`` stretches to the size; ``pad`` keeps the aspect ratio and fills up with the mean colour."""
-    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Resize = "square"
+    """``square`` stretches to the size. ``crop`` covers it and cuts the middle out. ``pad`` fills up with
+    the mean colour first. ``anyres``, ``slices`` and ``tiles`` add a closer look in several tiles.
+    ``native`` keeps the shape. ``docs/resolutions.md`` has the table."""
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     max_pixels: int = MAX_PIXELS
     """A larger picture is refused from its header, before a pixel is decoded."""
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    """``anyres``: heights and widths of canvases, multiples of the tile; of equally good ones the first is
+    taken. :data:`LLAVA_NEXT` times the tile if left out."""
+    max_tiles: int = 0
+    """Most tiles besides the overview: ``slices`` 9, ``tiles`` 12 or with ``longest_px`` as many as that
+    holds; ``anyres``: canvases with more are left out, none without it."""
+    fit_pixels: tuple[int, ...] = ()
+    """``native``: least and most pixels after resizing. Both the tower's own area: every picture gets as many
+    patches as fit (NaFlex)."""
+    step_px: int = 14
+    """``native`` and ``slices``: sides are multiples of it; the tower's patch, times the connector's
+    block."""
+    longest_px: int = 0
+    """``tiles``: resize the longest edge to it and round up to whole tiles (SmolVLM); 0: nearest aspect ratio
+    (InternVL)."""
+    thumbnail: bool = True
+    """``tiles``: show the whole picture too, after several tiles."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(float(x) for x in self.mean))
-        object.__setattr__(self, "std", tuple(float(x) for x in self.std))
+        self._hold(mean=tuple(float(x) for x in self.mean), std=tuple(float(x) for x in self.std))
+        self._hold(fit_pixels=tuple(self.fit_pixels))
+        self._hold(pinpoints=tuple((int(height), int(width)) for height, width in self.pinpoints))
         if self.height_px < 1 or self.width_px < 1:
             raise ValueError(
                 f"a picture must be prepared at 1 px or more, got {self.height_px} x {self.width_px}"
             )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std need 3 numbers and std above 0, got {self.mean} and {self.std}")
-        if self.resize not in ("square", "pad"):
-            raise ValueError(f"unknown resize {self.resize!r}; known: square, pad")
-        if self.resample not in ("bicubic", "bilinear"):
-            raise ValueError(f"unknown resample {self.resample!r}; known: bicubic, bilinear")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels must be 1 or more, got {self.max_pixels}")
+        if self.resize not in STRATEGIES:
+            raise ValueError(f"unknown resize {self.resize!r}; known: {', '.join(STRATEGIES)}")
+        if self.resample not in RESAMPLES:
+            raise ValueError(f"unknown resample {self.resample!r}; known: {', '.join(RESAMPLES)}")
+        for name, least in (("max_pixels", 1), ("step_px", 1), ("max_tiles", 0), ("longest_px", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        for name, readers in READ_BY.items():
+            if getattr(self, name) and self.resize not in readers:
+                raise ValueError(
+                    f"{name} is read by {', '.join(readers)}, but resize is {self.resize!r}; leave it out"
+                )
+        self._settle()
+
+    def _hold(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _settle(self) -> None:
+        """Put the strategy's defaults where nothing is given, and refuse what it cannot work with."""
+        tall, wide = self.size_px
+        if tall != wide and (self.resize == "slices" or self.longest_px):
+            raise ValueError(f"{self.resize} needs tiles as high as wide, got {tall} x {wide} px")
+        if self.resize == "anyres":
+            canvases = tuple((rows * tall, columns * wide) for rows, columns in LLAVA_NEXT)
+            self._hold(pinpoints=self.pinpoints or canvases)
+            for height, width in self.pinpoints:
+                if min(height, width) < 1 or height % tall or width % wide:
+                    raise ValueError(
+                        f"pinpoint {height} x {width} px is not made of tiles of {tall} x {wide} px; give "
+                        f"heights and widths that are multiples"
+                    )
+        elif self.resize == "slices":
+            self._hold(max_tiles=self.max_tiles or 9)
+        elif self.resize == "tiles":
+            self._hold(max_tiles=self.max_tiles or (-(-self.longest_px // tall)) ** 2 or 12)
+        elif self.resize == "native":
+            self._hold(fit_pixels=self.fit_pixels or (tall * wide, tall * wide))
+            if len(self.fit_pixels) != 2 or not 1 <= self.fit_pixels[0] <= self.fit_pixels[1]:
+                raise ValueError(f"fit_pixels needs the least and the most pixels, got {self.fit_pixels}")
+            if self.fit_pixels[1] < self.step_px**2:
+                raise ValueError(
+                    f"at most {self.fit_pixels[1]:,} pixels hold no patch of {self.step_px} x "
+                    f"{self.step_px} px; raise the second number of fit_pixels"
+                )
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -76,8 +152,11 @@ class Preparation:
         return self.height_px, self.width_px
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; :meth:`from_dict` is the way back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """As plain JSON values, without what only other strategies read; :meth:`from_dict` is back."""
+        always = ("resize", "resample", "max_pixels")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept = {f.name for f in fields(self) if f.name in always or values[f.name] != f.default}
+        return {name: _plain(value) for name, value in values.items() if name in kept}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preparation:
@@ -94,6 +173,10 @@ class Preparation:
                 f"a preparation has the fields {sorted(known)}; unknown {unknown}, missing {missing}"
             )
         return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def load_image(source: str | Path | bytes | PIL.Image.Image, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
@@ -220,56 +303,3 @@ def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     if isinstance(transparent, int):
         grey[np.asarray(image) == transparent] = 255
     return PIL.Image.fromarray(grey).convert("RGB")
-
-
-def prepare(image: PIL.Image.Image, how: Preparation) -> Tensor:
-    """Resize and normalise.
-
-    Args:
-        image: RGB, as :func:`load_image` returns it.
-        how: size and normalisation.
-
-    Returns:
-        float32 [3, H, W]. A picture that has the size already is not resampled, bit for bit.
-
-    Raises:
-        ValueError: if the picture is not RGB.
-
-    Source: antialiased as PIL resamples, within 2 of 255 on noise by test; ``pad`` is ``expand2square`` of
-    llava/mm_utils.py in https://github.com/haotian-liu/LLaVA.
-    """
-    if image.mode != "RGB":
-        raise ValueError(f"expected an RGB picture, got mode {image.mode}; read it with load_image")
-    x_HWC = torch.from_numpy(np.array(image))
-    if tuple(x_HWC.shape[:2]) != how.size_px:
-        if how.resize == "pad":
-            x_HWC = _pad_to_aspect(x_HWC, how)
-        x_HWC = _resize(x_HWC, how.size_px, how.resample)
-    scale = torch.tensor([1 / (255 * std) for std in how.std]).view(3, 1, 1)
-    shift = torch.tensor([-mean / std for mean, std in zip(how.mean, how.std, strict=True)]).view(3, 1, 1)
-    # Channels first while it is still bytes: four times fewer of them to move.
-    return x_HWC.permute(2, 0, 1).contiguous().float().mul_(scale).add_(shift)
-
-
-def _resize(x_HWC: Tensor, size_px: tuple[int, int], resample: str) -> Tensor:
-    """uint8 [h, w, 3] -> uint8 [H, W, 3]."""
-    x_1CHW = x_HWC.permute(2, 0, 1)[None]
-    return F.interpolate(x_1CHW, size=size_px, mode=resample, antialias=True)[0].permute(1, 2, 0)
-
-
-def _pad_to_aspect(x_HWC: Tensor, how: Preparation) -> Tensor:
-    """Centre the picture on the mean colour, in the target's aspect ratio."""
-    longest = max(x_HWC.shape[:2])
-    if longest > LONGEST_PAD_PX:
-        height, width = (max(1, round(edge * LONGEST_PAD_PX / longest)) for edge in x_HWC.shape[:2])
-        x_HWC = _resize(x_HWC, (height, width), how.resample)
-    height, width = x_HWC.shape[:2]
-    # The smallest frame of the target's shape that holds the picture; for a square target max(height, width)
-    # squared.
-    frame_height = max(height, -(-width * how.height_px // how.width_px))
-    frame_width = max(width, -(-height * how.width_px // how.height_px))
-    framed = torch.empty(frame_height, frame_width, 3, dtype=torch.uint8)
-    framed[:] = torch.tensor([int(mean * 255) for mean in how.mean], dtype=torch.uint8)
-    top, left = (frame_height - height) // 2, (frame_width - width) // 2
-    framed[top : top + height, left : left + width] = x_HWC
-    return framed

@@ -1,9 +1,9 @@
-"""What must be known about a causal language model of transformers to put it behind our embeddings.
+"""What must be known about a causal language model to put it behind our embeddings.
 
-Its decoder is used as it is. Its head is more than a matrix in some families (phi adds a bias, gemma2 caps
-the logits, granite divides them), and each family writes that in its own ``forward``. Instead of a list of
-families, the family's own class computes the head here: a copy of it without weights, whose decoder gives
-back what it is given.
+Any of transformers' will do, and a few that it has no class for (:data:`OWN_LANGUAGES`). The decoder is used
+as it is. Its head is more than a matrix in some families (phi adds a bias, gemma2 caps the logits, granite
+divides them), and each family writes that in its own ``forward``. Instead of a list of families, the family's
+own class computes the head here: a copy of it without weights, whose decoder gives back what it is given.
 """
 
 # Shapes: B rows, T positions, D language width, V vocabulary.
@@ -12,12 +12,63 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .minicpm import MiniCPMConfig, MiniCPMForCausalLM, MiniCPMModel
+from .openelm import OpenELMConfig, OpenELMForCausalLM, OpenELMModel
+from .tinygptv_phi import TinyGPTVPhiConfig, TinyGPTVPhiForCausalLM, TinyGPTVPhiModel
+
+
+class OwnLanguage(NamedTuple):
+    """The classes of a family that transformers does not have."""
+
+    config: type[PreTrainedConfig]
+    decoder: type[PreTrainedModel]
+    causal: type[PreTrainedModel]
+
+
+OWN_LANGUAGES = {
+    "openelm": OwnLanguage(OpenELMConfig, OpenELMModel, OpenELMForCausalLM),
+    "minicpm": OwnLanguage(MiniCPMConfig, MiniCPMModel, MiniCPMForCausalLM),
+    "tinygptv_phi": OwnLanguage(TinyGPTVPhiConfig, TinyGPTVPhiModel, TinyGPTVPhiForCausalLM),
+}
+"""By the ``model_type`` in their ``config.json``. Should transformers learn one of them, ours is still taken:
+what a checkpoint computes must not depend on the version."""
+
+
+def language_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    """A language model's config object; llama's default where none is given, as transformers wants it.
+
+    Raises:
+        ValueError: if the ``model_type`` is unknown, or the model is more than a language model.
+    """
+    if config is None:
+        return CONFIG_MAPPING["llama"]()
+    if isinstance(config, dict):
+        values = dict(config)
+        model_type = values.pop("model_type", None)
+        if model_type in OWN_LANGUAGES:
+            config = OWN_LANGUAGES[model_type].config(**values)
+        elif model_type in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[model_type](**values)
+        else:
+            known = ", ".join(OWN_LANGUAGES)
+            raise ValueError(
+                f"transformers knows no language model of model_type {model_type!r}, nor is it one of the "
+                f"own ones ({known})"
+            )
+    part = getattr(config, "text_config", None)
+    if part is not None:
+        raise ValueError(
+            f"{config.model_type!r} is more than a language model; take the config of its language part, "
+            f"{part.model_type!r}"
+        )
+    return config
 
 
 class States(BaseModelOutputWithPast):
@@ -109,8 +160,10 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The family's causal language model.
 
     Raises:
-        ValueError: if transformers has none for this config.
+        ValueError: if there is none for this config.
     """
+    if config.model_type in OWN_LANGUAGES:
+        return OWN_LANGUAGES[config.model_type].causal
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise ValueError(f"transformers has no causal language model for model_type {config.model_type!r}")
@@ -130,7 +183,14 @@ def build_decoder(config: PreTrainedConfig) -> PreTrainedModel:
             f"embeddings cannot stand in for tokens; choose another"
         )
     # The data type of the whole model, not the one this part was once saved in.
-    decoder = AutoModel.from_config(config, dtype=torch.get_default_dtype())
+    dtype = torch.get_default_dtype()
+    if config.model_type in OWN_LANGUAGES:
+        decoder = OWN_LANGUAGES[config.model_type].decoder._from_config(config, dtype=dtype)
+    else:
+        decoder = AutoModel.from_config(config, dtype=dtype)
+    # Many families never train the pad token's embedding. Where pad is also the end of text, the word after
+    # every answer but the last would stay untrained.
+    decoder.get_input_embeddings().padding_idx = None
     taken = inspect.signature(decoder.forward).parameters
     for name in ("inputs_embeds", "past_key_values"):
         if name not in taken:

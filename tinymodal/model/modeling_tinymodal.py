@@ -5,11 +5,12 @@
 saved folder carries this file and its neighbours, so that it loads where our package is not installed.
 """
 
-# Shapes: B rows, T positions, I pictures, S tokens a picture, K placeholders, D language width, V vocabulary.
+# Shapes: B rows, T positions, I tiles, S tokens a tile, K placeholders, M marks, R embeddings in all, D language
+# width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration_tinymodal import AUTO_MAP, TinyModalConfig
 from .connectors import find_connector
 from .encoders import encoder_of
-from .geometry import num_tokens
+from .geometry import num_marks, num_tokens
 from .language import LanguageHead, build_decoder
 from .media import MediaEncoder
 
@@ -28,10 +29,10 @@ from .media import MediaEncoder
 class MediaInput(NamedTuple):
     """The media of one kind in a batch, and where their embeddings go."""
 
-    values: Tensor
-    """Prepared media, e.g. float [I, 3, H, W]."""
+    values: Tensor | Sequence[Tensor]
+    """Prepared media, e.g. float [I, 3, H, W]; where tiles differ in size, one tensor for each size."""
     take: Tensor
-    """int64 [K]: which of the I*S embeddings are used."""
+    """int64 [K]: which of the R embeddings are used: those of the tiles in order, then the marks."""
     put: Tensor
     """int64 [K]: at which of the B*T positions."""
 
@@ -89,18 +90,27 @@ class TinyModalModel(TinyModalPreTrainedModel):
 
     _auto_class: Any = "AutoModel"
 
-    def __init__(self, config: TinyModalConfig) -> None:
+    def __init__(self, config: TinyModalConfig, language: PreTrainedModel | None = None) -> None:
+        """Make the model; ``language`` is a causal language model whose decoder is taken instead of a new one."""
         super().__init__(config)
-        self.language_model = build_decoder(config.text_config)
-        self.towers, self.connectors = nn.ModuleDict(), nn.ModuleDict()
+        decoder: Any = build_decoder(config.text_config) if language is None else language.base_model
+        self.language_model = decoder
+        if language is not None:
+            _keep_initial_weights(self.language_model)
+        self.towers, self.connectors, self.marks = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         width = self.language_model.get_input_embeddings().embedding_dim
         if config.vision_config is not None:
-            tower = encoder_of(config.vision_config).build(config.vision_config, config.feature_layer)
+            tower = encoder_of(config.vision_config).build(
+                config.vision_config, config.feature_layer, keep_class=config.keep_class
+            )
             chosen = config.connectors["image"]
             self.towers["image"] = tower
-            self.connectors["image"] = find_connector(chosen["name"])(tower.width, width, **chosen["options"])
-        _keep_initial_weights(self.towers)
-        _keep_initial_weights(self.connectors)
+            connector = find_connector(chosen["name"])
+            self.connectors["image"] = connector.build(tower.widths, width, **chosen["options"])
+            if chosen["marks"]:
+                self.marks["image"] = Marks(num_marks(chosen["marks"]), width)
+        for part in (self.towers, self.connectors, self.marks):
+            _keep_initial_weights(part)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -109,8 +119,8 @@ class TinyModalModel(TinyModalPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def perceive(self, kind: str, values: Tensor) -> Tensor:
-        """Prepared media of one kind -> embeddings [I, S, D].
+    def perceive(self, kind: str, values: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Prepared media of one kind -> embeddings [I, S, D], one tensor for each size of tile.
 
         Raises:
             ValueError: if the model has no tower for the kind.
@@ -119,35 +129,49 @@ class TinyModalModel(TinyModalPreTrainedModel):
             raise ValueError(f"{kind} given, but this model has no {kind} tower")
         tower = self.towers[kind]
         # Words are computed in the model's data type, pixels arrive in float32.
-        features = tower(values.to(next(tower.parameters()).dtype))
-        return self.connectors[kind](features)
+        dtype = next(tower.parameters()).dtype
+        same_size = (values,) if isinstance(values, Tensor) else values
+        return tuple(self.connectors[kind](tower(tiles.to(dtype))) for tiles in same_size)
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Embeddings [I, S, D] of prepared pictures; the name other programs ask for."""
-        return self.perceive("image", pixel_values)
+    def bank(self, kind: str, seen: Sequence[Tensor]) -> Tensor:
+        """What placeholders choose from, [R, D]: all embeddings laid end to end, then the learned marks."""
+        rows = [m_ISD.flatten(0, 1) for m_ISD in seen]
+        if kind in self.marks:
+            marks: Any = self.marks[kind]
+            rows.append(marks.weight.to(rows[0].dtype))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> Any:
+        """Embeddings of prepared tiles, [I, S, D] or one such for each size; the name other programs ask for."""
+        seen = self.perceive("image", pixel_values)
+        return seen[0] if len(seen) == 1 else seen
 
     def embed(self, input_ids_BT: Tensor, media: Mapping[str, MediaInput]) -> Tensor:
         """Token embeddings [B, T, D] with each placeholder replaced by its medium, in reading order."""
         x_BTD = self.get_input_embeddings()(input_ids_BT)
         for kind, (values, take, put) in media.items():
-            m_ISD = self.perceive(kind, values)
-            x_BTD = self.place(x_BTD, m_ISD, take, put)
+            x_BTD = self.place(x_BTD, self.bank(kind, self.perceive(kind, values)), take, put)
         return x_BTD
 
     @staticmethod
-    def place(x_BTD: Tensor, m_ISD: Tensor, take: Tensor, put: Tensor) -> Tensor:
-        """``x_BTD`` with the embeddings ``take`` of the media at the positions ``put``."""
-        m_KD = m_ISD.flatten(0, 1).index_select(0, take).to(x_BTD.dtype)
+    def place(x_BTD: Tensor, bank_RD: Tensor, take: Tensor, put: Tensor) -> Tensor:
+        """``x_BTD`` with the rows ``take`` of :meth:`bank` at the positions ``put``."""
+        m_KD = bank_RD.index_select(0, take).to(x_BTD.dtype)
         return x_BTD.flatten(0, 1).index_copy(0, put, m_KD).view_as(x_BTD)
 
     def tokens_of(self, kind: str, size: tuple[int, int]) -> int:
-        """Tokens one prepared item of (H, W) px takes. Pure integers."""
+        """Embeddings that one prepared tile of (H, W) px gives. Pure integers."""
         chosen, vision = self.config.connectors[kind], self.config.vision_config
-        grid = encoder_of(vision).grid(vision, size)
+        grid = encoder_of(vision).grid(vision, size, keep_class=self.config.keep_class)
         return num_tokens(find_connector(chosen["name"]).shrink(grid, **chosen["options"]))
 
     def media_input(
-        self, kind: str, values: Tensor, take: Tensor | None, put: Tensor | None, input_ids_BT: Tensor
+        self,
+        kind: str,
+        values: Tensor | Sequence[Tensor],
+        take: Tensor | None,
+        put: Tensor | None,
+        input_ids_BT: Tensor,
     ) -> MediaInput:
         """``values`` with their places, found among the tokens where they are not given.
 
@@ -156,18 +180,34 @@ class TinyModalModel(TinyModalPreTrainedModel):
         """
         if take is not None and put is not None:
             return MediaInput(values, take, put)
-        if take is not None or put is not None:
-            raise ValueError(f"give {kind}_take and {kind}_put together or neither")
+        if take is None and put is not None:
+            raise ValueError(f"{kind}_put needs {kind}_take, which says what goes to these places")
         if kind not in self.towers:
             raise ValueError(f"{kind} given, but this model has no {kind} tower")
         put = input_ids_BT.flatten().eq(self.config.image_token_id).nonzero().squeeze(1)
-        each = self.tokens_of(kind, (values.shape[2], values.shape[3]))
-        if len(put) != len(values) * each:
+        if take is None:
+            take = self._whole_tiles(kind, values, len(put)).to(put.device)
+        if len(put) != len(take):
             raise ValueError(
-                f"{len(put)} placeholders (token {self.config.image_token_id}) but {len(values)} {kind}s of "
+                f"{len(put)} placeholders (token {self.config.image_token_id}) but {kind}_take names {len(take)} "
+                f"embeddings; the processor writes as many as are needed"
+            )
+        return MediaInput(values, take, put)
+
+    def _whole_tiles(self, kind: str, values: Tensor | Sequence[Tensor], places: int) -> Tensor:
+        """Every embedding of every tile in order, int64 [K]: right where a picture is one tile without marks."""
+        if kind in self.marks or not isinstance(values, Tensor):
+            raise ValueError(
+                f"this model writes {kind}s as tiles and marks, whose order the processor gives; "
+                f"pass {kind}_take on with pixel_values"
+            )
+        each = self.tokens_of(kind, (values.shape[2], values.shape[3]))
+        if places != len(values) * each:
+            raise ValueError(
+                f"{places} placeholders (token {self.config.image_token_id}) but {len(values)} {kind}s of "
                 f"{each} embeddings, {len(values) * each} in all; the processor writes as many as are needed"
             )
-        return MediaInput(values, torch.arange(len(put), device=put.device), put)
+        return torch.arange(places)
 
     def require_no_placeholder(self, input_ids_BT: Tensor) -> None:
         """Raise ValueError if a place for a picture would be filled with a meaningless word."""
@@ -180,7 +220,7 @@ class TinyModalModel(TinyModalPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
         image_take: Tensor | None = None,
         image_put: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -193,10 +233,12 @@ class TinyModalModel(TinyModalPreTrainedModel):
         """Run the media and the decoder.
 
         Args:
-            input_ids: int64 [B, T]; each picture holds S places with ``config.image_token_id``.
-            pixel_values: float [I, 3, H, W], prepared, in reading order over the rows.
-            image_take: int64 [K], see :class:`MediaInput`; found from ``input_ids`` where not given.
-            image_put: int64 [K]; given with ``image_take`` or not at all.
+            input_ids: int64 [B, T]; each picture holds its places with ``config.image_token_id``.
+            pixel_values: float [I, 3, H, W], prepared, in reading order over the rows; where tiles differ in
+                size, one such tensor for each size.
+            image_take: int64 [K], see :class:`MediaInput`; may be left out where every picture is one tile and
+                the model has no marks.
+            image_put: int64 [K], the positions in the flattened B*T; found from ``input_ids`` where not given.
             position_ids: int64 [B, T]. Restarting at 0 they separate the documents of a packed row, if there
                 is neither ``attention_mask`` nor cache.
             attention_mask: 0 at padding, as transformers has it; None where there is none or rows are packed.
@@ -240,12 +282,23 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
 
     _auto_class: Any = "AutoModelForImageTextToText"
 
-    def __init__(self, config: TinyModalConfig) -> None:
+    def __init__(self, config: TinyModalConfig, language: PreTrainedModel | None = None) -> None:
+        """Make the model.
+
+        Args:
+            config: what it is made of.
+            language: a causal language model of ``config.text_config`` to go on with, its decoder and its head
+                as they are (no copy); None: a new one.
+        """
         super().__init__(config)
-        self.model = TinyModalModel(config)
+        self.model = TinyModalModel(config, language)
         # Not a module: it has no weights of its own.
         self._head = LanguageHead(config.text_config)
-        self.lm_head = nn.Linear(self._head.in_width, self._head.vocabulary, bias=self._head.has_bias)
+        if language is None:
+            self.lm_head = nn.Linear(self._head.in_width, self._head.vocabulary, bias=self._head.has_bias)
+        else:
+            self.lm_head = language.get_output_embeddings()
+            _keep_initial_weights(self.lm_head)
         self._tied_weights_keys = {"lm_head.weight": f"model.{_name_of_embedding(self.model)}"}
         self.post_init()
 
@@ -261,8 +314,8 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Embeddings [I, S, D] of prepared pictures; the name other programs ask for."""
+    def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> Any:
+        """As :meth:`TinyModalModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @property
@@ -301,7 +354,7 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
     def forward(
         self,
         input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
         image_take: Tensor | None = None,
         image_put: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -378,9 +431,10 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        pixel_values = kwargs.get("pixel_values")
         seen = not is_first_iteration and kwargs.get("use_cache", True)
-        inputs["pixel_values"] = None if seen or inputs.get("inputs_embeds") is not None else pixel_values
+        for name in ("pixel_values", "image_take", "image_put"):
+            placed = seen or inputs.get("inputs_embeds") is not None
+            inputs[name] = None if placed else kwargs.get(name)
         return inputs
 
     def _expand_inputs_for_generation(
@@ -390,27 +444,35 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         input_ids: Any = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Repeat each row for beams and samples; the pictures of a row stay together.
+        """Repeat each row for beams and samples, but not its pictures: all copies look at the same ones.
 
-        transformers repeats every tensor along its first dimension, which for a row of pictures a, b gives a,
-        a, b, b: the second copy of the row would see b, b.
+        transformers would repeat every tensor along its first dimension, which is not rows for pictures.
         """
-        pixel_values = model_kwargs.get("pixel_values")
-        if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            del model_kwargs["pixel_values"]
-            each = self.model.tokens_of("image", (pixel_values.shape[2], pixel_values.shape[3]))
-            per_row = input_ids.eq(self.config.image_token_id).sum(1) // each
-            rows = pixel_values.split(per_row.tolist())
-            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        media = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_take", "image_put")}
+        if expand_size > 1 and media["pixel_values"] is not None and input_ids is not None:
+            per_row = input_ids.eq(self.config.image_token_id).sum(1).tolist()
+            take = media["image_take"]
+            if take is None:
+                take = self.model._whole_tiles("image", media["pixel_values"], sum(per_row))
+            rows = take.to(input_ids.device).split(per_row)
+            media["image_take"] = torch.cat([row for row in rows for _ in range(expand_size)])
+            media["image_put"] = None  # found again among the repeated rows
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
             **model_kwargs,
         )
-        if expand_size > 1 and pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, model_kwargs | {k: v for k, v in media.items() if v is not None}
+
+
+class Marks(nn.Module):
+    """Learned embeddings that stand before, behind and between the tokens of a picture."""
+
+    def __init__(self, num: int, width: int) -> None:
+        super().__init__()
+        # As LLaVA-NeXT begins its image_newline: about the length of an embedding of unit variance / sqrt(D).
+        self.weight = nn.Parameter(torch.randn(num, width) / width**0.5)
 
 
 def load_exactly(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

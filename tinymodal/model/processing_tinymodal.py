@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,53 @@ from transformers.processing_utils import MultiModalData
 from .configuration_tinymodal import AUTO_MAP, TinyModalConfig
 from .connectors import find_connector
 from .encoders import encoder_of, tower_config
-from .geometry import num_tokens
-from .image import Preparation, load_image, prepare
+from .geometry import Plan, arrange, num_tokens, plan
+from .image import Preparation, cut, load_image
+from .layout import Picture, lay_out
 
 Source = str | Path | bytes | PIL.Image.Image
+
+NUM_LAYOUTS = 4_096
+"""Layouts that are kept: pictures of a data set share sizes, and one takes a millisecond to plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a picture of a given size costs, and where its tokens go. Needs no pixels and no weights."""
+
+    plan: Plan
+    feature_grids: tuple[tuple[int, ...], ...]
+    """Rows and columns of patches of each tile, before the connector."""
+    tile_tokens: tuple[int, ...]
+    """Embeddings of each tile."""
+    grid: tuple[int, ...]
+    """Rows and columns of tokens where they are one rectangle, else their number; ``prod(grid) == tokens``."""
+    order: tuple[int, ...] | None
+    """Which embedding stands at each place (``geometry.arrange``); None: one tile, in its own order."""
+
+    @property
+    def tokens(self) -> int:
+        """Placeholders it needs among the words."""
+        return num_tokens(self.grid)
+
+    @property
+    def patches(self) -> int:
+        """Positions the tower computes."""
+        return sum(num_tokens(grid) for grid in self.feature_grids)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """One picture, ready for the tower, and what it costs."""
+    """One picture, ready for the tower, and what it costs; see :class:`Layout`."""
 
-    values: Tensor
-    """float32 [3, H, W]"""
+    tiles: tuple[Tensor, ...]
+    """float32 [3, H, W] each"""
     grid: tuple[int, ...]
-    """Rows and columns of tokens, after the connector; ``prod(grid) == tokens``."""
     tokens: int
-    """Placeholders it needs among the words."""
     patches: int
-    """Positions the tower computes."""
-    feature_grid: tuple[int, ...]
-    """Rows and columns of patches, before the connector; ``prod(feature_grid) == patches``."""
+    feature_grids: tuple[tuple[int, ...], ...]
+    tile_tokens: tuple[int, ...]
+    order: list[int] | None
 
 
 class TinyModalImageProcessor(ImageProcessingMixin):
@@ -58,7 +85,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
             grid.
     """
 
-    model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers' own class attribute
+    model_input_names = ["pixel_values", "image_take"]  # noqa: RUF012 - transformers' own class attribute
     _auto_class: Any = "AutoImageProcessor"
 
     def __init__(
@@ -67,6 +94,9 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         vision_config: PreTrainedConfig | dict[str, Any] | None = None,
         connector: str = "mlp",
         options: dict[str, Any] | None = None,
+        marks: Sequence[str] = (),
+        merge: str = "flat",
+        keep_class: bool = False,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("image_processor_type", None)
@@ -74,35 +104,111 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         self.vision_config = None if vision_config is None else tower_config(vision_config)
         self.connector = connector
         self.options = find_connector(connector).settle(options or {})
+        self.marks, self.merge, self.keep_class = list(marks), merge, keep_class
         self.preparation: Preparation | None = None
-        self.feature_grid: tuple[int, ...] = ()
-        self.token_grid: tuple[int, ...] = ()
+        self._layouts: dict[Any, Layout] = {}
         if self.vision_config is not None:
-            tower = encoder_of(self.vision_config)
             if isinstance(preparation, dict):
                 preparation = Preparation.from_dict(preparation)
-            self.preparation = preparation or tower.preparation_of(self.vision_config)
-            self.feature_grid = tower.grid(self.vision_config, self.preparation.size_px)
-            self.token_grid = find_connector(connector).shrink(self.feature_grid, **self.options)
-        self.num_patches, self.num_tokens = 0, 0
-        if self.feature_grid:
-            self.num_patches, self.num_tokens = num_tokens(self.feature_grid), num_tokens(self.token_grid)
+            self.preparation = preparation or encoder_of(self.vision_config).preparation_of(self.vision_config)
+            self.typical()
 
-    def prepare(self, source: Source) -> PreparedImage:
-        """Read one picture; see :func:`load_image` for what is accepted and refused.
+    def typical(self) -> Layout:
+        """The layout of a picture that has the tower's own size.
+
+        Raises:
+            ValueError: if the model has no tower; if its grid and the connector do not fit together.
+        """
+        if self.preparation is None:
+            raise ValueError("a picture is given, but this model has no vision tower")
+        return self.layout(self.preparation.size_px)
+
+    def layout(
+        self,
+        size_px: tuple[int, int],
+        number: int = 0,
+        max_tiles: int | None = None,
+        fit_pixels: tuple[int, int] | None = None,
+    ) -> Layout:
+        """How a picture of ``size_px`` (height, width) is cut and what it costs. Pure integers.
+
+        Args:
+            size_px: of the picture, upright.
+            number: which picture of the conversation it is, from 0; for the mark ``id``.
+            max_tiles: at most so many tiles; None: as composed.
+            fit_pixels: least and most pixels after resizing; None: as composed.
+        """
+        how = self._how(max_tiles, fit_pixels)
+        key = (how, size_px, number if "id" in self.marks else 0)
+        if key not in self._layouts:
+            if len(self._layouts) >= NUM_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = self._lay_out(how, size_px, key[2])
+        return self._layouts[key]
+
+    def _lay_out(self, how: Preparation, size_px: tuple[int, int], number: int) -> Layout:
+        tower, connector = encoder_of(self.vision_config), find_connector(self.connector)  # type: ignore[arg-type]
+        cut_up = plan(size_px, how)
+        before = tuple(
+            tower.grid(self.vision_config, tile, keep_class=self.keep_class) for tile in cut_up.tiles_px
+        )
+        after = [connector.shrink(grid, **self.options) for grid in before]
+        counts = tuple(num_tokens(grid) for grid in after)
+        if len(after) == 1 and not self.marks:
+            return Layout(cut_up, before, counts, after[0], None)
+        order = tuple(arrange(cut_up, after, self.marks, self.merge, number))
+        return Layout(cut_up, before, counts, (len(order),), order)
+
+    def _how(self, max_tiles: int | None, fit_pixels: tuple[int, int] | None) -> Preparation:
+        if self.preparation is None:
+            raise ValueError("a picture is given, but this model has no vision tower")
+        how = self.preparation
+        if max_tiles is not None:
+            how = replace(how, max_tiles=max_tiles)
+        if fit_pixels is not None:
+            how = replace(how, fit_pixels=fit_pixels)
+        return how
+
+    def prepare(
+        self,
+        source: Source,
+        number: int = 0,
+        max_tiles: int | None = None,
+        fit_pixels: tuple[int, int] | None = None,
+    ) -> PreparedImage:
+        """Read one picture; see :func:`load_image` for what is accepted and refused, :meth:`layout` for the rest.
 
         Raises:
             ValueError: if it cannot be read, or the model has no tower.
         """
-        if self.preparation is None:
-            raise ValueError("a picture is given, but this model has no vision tower")
-        values = prepare(load_image(source, self.preparation.max_pixels), self.preparation)
-        return PreparedImage(values, self.token_grid, self.num_tokens, self.num_patches, self.feature_grid)
+        how = self._how(max_tiles, fit_pixels)
+        picture = load_image(source, how.max_pixels)
+        found = self.layout((picture.height, picture.width), number, max_tiles, fit_pixels)
+        return PreparedImage(
+            tuple(cut(picture, how, found.plan)),
+            found.grid,
+            found.tokens,
+            found.patches,
+            found.feature_grids,
+            found.tile_tokens,
+            None if found.order is None else list(found.order),
+        )
 
-    def __call__(self, images: Source | Sequence[Source], **kwargs: Any) -> BatchFeature:
-        """Pictures -> ``pixel_values`` float32 [I, 3, H, W]."""
-        prepared = [self.prepare(image) for image in as_list(images)]
-        return BatchFeature({"pixel_values": torch.stack([p.values for p in prepared])})
+    def __call__(
+        self,
+        images: Source | Sequence[Source],
+        max_tiles: int | None = None,
+        fit_pixels: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Pictures -> ``pixel_values``, and ``image_take`` where their order is not plain; see :func:`as_inputs`.
+
+        With marks the numbers of ``id`` begin at 0; texts of several rows are numbered by the processor.
+        """
+        prepared = [
+            self.prepare(image, number, max_tiles, fit_pixels) for number, image in enumerate(as_list(images))
+        ]
+        return BatchFeature(as_inputs(prepared))
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -118,6 +224,9 @@ class TinyModalImageProcessor(ImageProcessingMixin):
             "vision_config": None,
             "connector": self.connector,
             "options": dict(self.options),
+            "marks": list(self.marks),
+            "merge": self.merge,
+            "keep_class": self.keep_class,
             "auto_map": {k: AUTO_MAP[k] for k in ("AutoImageProcessor", "AutoProcessor")},
         }
         if self.vision_config is not None:
@@ -168,7 +277,15 @@ class TinyModalProcessor(ProcessorMixin):
         """
         chosen = config.connectors.get("image", {"name": "mlp", "options": {}})
         vision = copy.deepcopy(config.vision_config)
-        image_processor = TinyModalImageProcessor(preparation, vision, chosen["name"], chosen["options"])
+        image_processor = TinyModalImageProcessor(
+            preparation,
+            vision,
+            chosen["name"],
+            chosen["options"],
+            chosen.get("marks", ()),
+            chosen.get("merge", "flat"),
+            config.keep_class,
+        )
         processor = cls(image_processor, tokenizer)
         if config.image_token_id is not None and config.image_token_id != processor.image_token_id:
             raise ValueError(
@@ -189,9 +306,9 @@ class TinyModalProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(image_processor, tokenizer)
 
-    def prepare(self, source: Source) -> PreparedImage:
+    def prepare(self, source: Source, number: int = 0, **limits: Any) -> PreparedImage:
         """Read one picture; see :meth:`TinyModalImageProcessor.prepare`."""
-        return self.image_processor.prepare(source)
+        return self.image_processor.prepare(source, number, **limits)
 
     def placeholder(self, tokens: int) -> str:
         """The text that holds the place of one picture."""
@@ -202,6 +319,8 @@ class TinyModalProcessor(ProcessorMixin):
         images: Source | Sequence[Source] | None = None,
         text: str | Sequence[str] | None = None,
         return_mm_token_type_ids: bool = False,
+        max_tiles: int | None = None,
+        fit_pixels: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Texts with ``<image>`` where the pictures go -> what the model's forward takes.
@@ -210,23 +329,29 @@ class TinyModalProcessor(ProcessorMixin):
             images: pictures of all texts in reading order; lists of lists, one a text, are taken too.
             text: one text or several.
             return_mm_token_type_ids: also return 1 for placeholders and 0 for words.
+            max_tiles: at most so many tiles a picture; None: as composed.
+            fit_pixels: least and most pixels of a picture after resizing; None: as composed.
             **kwargs: for the tokenizer; ``return_tensors`` is "pt" and ``padding`` on for several texts.
 
         Returns:
-            ``input_ids``, ``attention_mask`` int64 [B, T] and, with pictures, ``pixel_values`` float32 [I, 3,
-            H, W].
+            ``input_ids``, ``attention_mask`` int64 [B, T] and, with pictures, what :func:`as_inputs` gives.
 
         Raises:
             ValueError: if the texts do not have as many places as there are pictures.
         """
-        prepared = [] if images is None else [self.prepare(image) for image in as_list(images)]
-        values = {"pixel_values": torch.stack([p.values for p in prepared])} if prepared else {}
+        pictures = [] if images is None else as_list(images)
+        limits = {"max_tiles": max_tiles, "fit_pixels": fit_pixels}
         if text is None:
-            return BatchFeature(values)
+            return self.image_processor(pictures, **limits) if pictures else BatchFeature({})
         texts = [text] if isinstance(text, str) else list(text)
-        places = sum(t.count(self.image_token) for t in texts)
-        if places != len(prepared):
-            raise ValueError(f"{places} places ({self.image_token}) in the text but {len(prepared)} pictures")
+        per_text = [t.count(self.image_token) for t in texts]
+        if sum(per_text) != len(pictures):
+            raise ValueError(
+                f"{sum(per_text)} places ({self.image_token}) in the text but {len(pictures)} pictures"
+            )
+        numbers = (n for count in per_text for n in range(count))
+        prepared = [self.prepare(image, n, **limits) for image, n in zip(pictures, numbers, strict=True)]
+        values = as_inputs(prepared) if prepared else {}
         tokens = iter(p.tokens for p in prepared)
         texts = [self._widen(t, tokens) for t in texts]
         kwargs = {"return_tensors": "pt", "padding": len(texts) > 1, **kwargs}
@@ -242,18 +367,19 @@ class TinyModalProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Tokens of pictures of (height, width) px; what vLLM plans with. One tile a picture."""
+        """Tokens and tiles of pictures of (height, width) px; what vLLM plans with."""
         if image_sizes is None:
             return MultiModalData()
-        n = len(image_sizes)
+        layouts = [self.image_processor.layout((int(h), int(w))) for h, w in image_sizes]
         return MultiModalData(
-            num_image_tokens=[self.image_processor.num_tokens] * n, num_image_patches=[1] * n
+            num_image_tokens=[found.tokens for found in layouts],
+            num_image_patches=[len(found.tile_tokens) for found in layouts],
         )
 
     @property
     def model_input_names(self) -> list[str]:
         """Keys of what a call returns."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "image_take"]
 
 
 def as_list(images: Any) -> list[Source]:
@@ -261,3 +387,19 @@ def as_list(images: Any) -> list[Source]:
     if not isinstance(images, (list, tuple)):
         return [images]
     return [image for entry in images for image in as_list(entry)]
+
+
+def as_inputs(pictures: Sequence[PreparedImage]) -> dict[str, Any]:
+    """What the model's forward takes for some pictures in reading order.
+
+    Returns:
+        ``pixel_values`` float32 [I, 3, H, W], or a list of one such tensor for each size of tile; and, unless
+        every picture is one tile of one size without marks, ``image_take`` int64 [K].
+    """
+    orders = [None if p.order is None else torch.tensor(p.order) for p in pictures]
+    stacked, take = lay_out(
+        [Picture(p.tiles, p.tile_tokens, order) for p, order in zip(pictures, orders, strict=True)]
+    )
+    if len(stacked) == 1 and not any(order is not None for order in orders):
+        return {"pixel_values": stacked[0]}
+    return {"pixel_values": stacked[0] if len(stacked) == 1 else list(stacked), "image_take": take}

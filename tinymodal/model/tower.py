@@ -10,6 +10,7 @@ of three learned vectors. It stands in for a tower while a language model learns
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .geometry import patch_grid
 from .image import Preparation
-from .media import Features, MediaEncoder
+from .media import Features, MediaEncoder, hidden_states
 
 # Shapes: N items, h w grid, S = h*w positions, E width, A heads, C channels.
 
@@ -97,9 +98,10 @@ class ConvTower(MediaEncoder):
 
     kind: ClassVar[str] = "image"
 
-    def __init__(self, config: ConvTowerConfig, num_blocks: int) -> None:
+    def __init__(self, config: ConvTowerConfig, layers: tuple[int, ...]) -> None:
         super().__init__()
-        self.config, self.width = config, config.hidden_size
+        self.config, self.layers = config, layers
+        self.width = config.hidden_size * len(layers)
         stages: list[nn.Module] = []
         before = 3
         for i, (channels, extra) in enumerate(zip(config.channels, config.residual_convs, strict=True)):
@@ -107,21 +109,25 @@ class ConvTower(MediaEncoder):
             stages += [_ResidualConv(channels) for _ in range(extra)]
             before = channels
         self.stem = nn.Sequential(*stages)
-        h, w = self.grid(config, (config.image_size, config.image_size))
-        self.positions = nn.Parameter(torch.randn(1, h * w, self.width) * 0.02)
-        self.blocks = nn.ModuleList(_Block(self.width, config.num_attention_heads) for _ in range(num_blocks))
+        h, w = self.patches(config, (config.image_size, config.image_size))
+        self.positions = nn.Parameter(torch.randn(1, h * w, config.hidden_size) * 0.02)
+        self.blocks = nn.ModuleList(
+            _Block(config.hidden_size, config.num_attention_heads) for _ in range(max(layers))
+        )
 
     @classmethod
-    def build(cls, config: ConvTowerConfig, feature_layer: int = -1, attn: str | None = None) -> ConvTower:
-        layers = config.num_hidden_layers + 1
-        if not -layers <= feature_layer < layers:
-            raise ValueError(
-                f"feature layer {feature_layer}, but this tower has {layers} hidden states, 0 to {layers - 1}"
-            )
-        return cls(config, num_blocks=feature_layer % layers)
+    def build(
+        cls,
+        config: ConvTowerConfig,
+        feature_layer: int | Sequence[int] = -1,
+        attn: str | None = None,
+        keep_class: bool = False,
+    ) -> ConvTower:
+        cls.check_class(config, keep_class)
+        return cls(config, hidden_states(config.num_hidden_layers, feature_layer))
 
     @classmethod
-    def grid(cls, config: ConvTowerConfig, size_px: tuple[int, int]) -> tuple[int, ...]:
+    def patches(cls, config: ConvTowerConfig, size_px: tuple[int, int]) -> tuple[int, int]:
         if tuple(size_px) != (config.image_size, config.image_size):
             edge = config.image_size
             raise ValueError(f"this tower reads {edge} x {edge} px, got {size_px[0]} x {size_px[1]}")
@@ -134,16 +140,19 @@ class ConvTower(MediaEncoder):
         return patch_grid(*size_px, config.patch_size)
 
     @classmethod
+    def patch_px(cls, config: ConvTowerConfig) -> int:
+        return config.patch_size
+
+    @classmethod
     def preparation_of(cls, config: ConvTowerConfig) -> Preparation:
         return Preparation(config.image_size, config.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
     def forward(self, values: Tensor) -> Features:
-        x_NChw = self.stem(values)
-        grid = tuple(x_NChw.shape[-2:])
-        x_NSE = x_NChw.flatten(2).transpose(1, 2) + self.positions
+        states_NSE = [self.stem(values).flatten(2).transpose(1, 2) + self.positions]
         for block in self.blocks:
-            x_NSE = block(x_NSE)
-        return Features(x_NSE, grid)
+            states_NSE.append(block(states_NSE[-1]))
+        x_NSE = torch.cat([states_NSE[layer] for layer in self.layers], dim=-1)
+        return self.features(x_NSE, (values.shape[2], values.shape[3]))
 
 
 class WrittenTowerConfig(PreTrainedConfig):
@@ -188,20 +197,29 @@ class WrittenTower(MediaEncoder):
 
     @classmethod
     def build(
-        cls, config: WrittenTowerConfig, feature_layer: int = -1, attn: str | None = None
+        cls,
+        config: WrittenTowerConfig,
+        feature_layer: int | Sequence[int] = -1,
+        attn: str | None = None,
+        keep_class: bool = False,
     ) -> WrittenTower:
-        if feature_layer not in (-1, 0):
+        cls.check_class(config, keep_class)
+        if feature_layer not in (-1, 0, [-1], [0], (-1,), (0,)):
             raise ValueError(
                 f"feature layer {feature_layer}, but a tower of written scenes has one hidden state; use -1"
             )
         return cls(config)
 
     @classmethod
-    def grid(cls, config: WrittenTowerConfig, size_px: tuple[int, int]) -> tuple[int, ...]:
+    def patches(cls, config: WrittenTowerConfig, size_px: tuple[int, int]) -> tuple[int, int]:
         if tuple(size_px) != (config.image_size, config.image_size):
             edge = config.image_size
             raise ValueError(f"written scenes are {edge} x {edge} px, got {size_px[0]} x {size_px[1]}")
         return patch_grid(*size_px, 1)
+
+    @classmethod
+    def patch_px(cls, config: WrittenTowerConfig) -> int:
+        return 1
 
     @classmethod
     def preparation_of(cls, config: WrittenTowerConfig) -> Preparation:
@@ -213,7 +231,7 @@ class WrittenTower(MediaEncoder):
         x_NSE = self.codes((codes_N3hw + offsets).flatten(2)).sum(1) + self.positions
         if self.training and self.config.noise:
             x_NSE = x_NSE + self.config.noise * torch.randn_like(x_NSE)
-        return Features(x_NSE, tuple(values.shape[-2:]))
+        return self.features(x_NSE, (values.shape[2], values.shape[3]))
 
 
 OWN_CONFIGS: dict[str, type[PreTrainedConfig]] = {
