@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
-from tinymodal.train.recipe import Recipe, Source, Stage
+from tinymodal.train.recipe import Lora, Recipe, Source, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES: dict[type[BaseModel], str] = {
@@ -30,6 +30,7 @@ TABLES: dict[type[BaseModel], str] = {
     LanguageSpec: "`[model.language]`",
     VisionSpec: "`[model.vision]`",
     Stage: "each `[[stages]]`",
+    Lora: "a stage's `lora`",
     Source: "each member of a stage's `data`",
 }
 KINDS = {
@@ -43,13 +44,13 @@ KINDS = {
     "ModelSpec": "table",
     "LanguageSpec": "table",
     "VisionSpec": "table",
+    "Lora": "table",
+    "str | tuple[str, ...]": "text or list of texts",
+    "tuple[str, ...]": "list of texts",
+    "dict[str, str]": "table",
     "dict[str, Any]": "table",
     "dict[str, Rate]": "table",
     "dict[str, bool | int | float | str]": "table",
-    "dict[str, str]": "table",
-    "Lora": "table",
-    "tuple[str, ...]": "list of texts",
-    "str | tuple[str, ...]": "text or list of texts",
     "Number | tuple[Number, ...]": "whole number or list",
     "tuple[Count, Count]": "two whole numbers",
     "tuple[tuple[Count, Count], ...]": "list of pairs",

@@ -271,10 +271,14 @@ def test_a_gpu_that_is_not_there_is_refused(recipe, tmp_path):
         run(recipe().model_copy(update={"device": "cuda"}), tmp_path / "run")
 
 
+QLORA = {"train": {"adapters": 1e-2, "connectors": 1e-3}, "lora": {"rank": 4}, "bits": 4}
+
+
 @pytest.mark.slow
-def test_killed_for_real_at_any_moment_a_run_ends_as_if_never_interrupted(recipe, tmp_path):
+@pytest.mark.parametrize("changes", [{}, QLORA], ids=["full", "qlora"])
+def test_killed_for_real_at_any_moment_a_run_ends_as_if_never_interrupted(recipe, tmp_path, changes):
     """SIGKILL, a fresh process each time: nothing is left to memory, caches or the alignment of a buffer."""
-    plan = recipe({"name": "a", "steps": 20}, {"name": "b", "steps": 20}, save_every=4)
+    plan = recipe({"name": "a", "steps": 20}, {"name": "b", "steps": 20}, save_every=4, **changes)
     path = tmp_path / "plan.toml"
     path.write_text(dump(plan))
     code = (

@@ -117,3 +117,17 @@ def test_in_bfloat16_it_is_as_close_as_the_whole_product_is():
     for grad, wanted in zip(grads, expected, strict=True):
         # bfloat16 has 8 bits: 1/128 of the largest.
         assert (grad - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
+def test_autocast_is_on_inside_and_changes_nothing_more(monkeypatch):
+    """The blocks rely on the caller having narrowed all of its inputs."""
+    seen, own = [], loss._Blockwise.forward
+
+    def forward(ctx, *inputs):
+        seen.append((torch.is_autocast_enabled("cpu"), {t.dtype for t in inputs if torch.is_tensor(t)}))
+        return own(ctx, *inputs)
+
+    monkeypatch.setattr(loss._Blockwise, "forward", staticmethod(forward))
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(torch.randn(8, 4), torch.randn(9, 4), torch.arange(8), block=2)
+    assert seen == [(True, {torch.bfloat16, torch.int64})]

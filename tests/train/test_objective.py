@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import IGNORE
+from tinymodal.core.types import IGNORE, Image
 from tinymodal.data.collate import collate
 from tinymodal.train.objective import CellHeads, Objective
 
@@ -109,6 +109,48 @@ def test_labels_that_do_not_fit_the_classes_are_refused_with_the_sample(tiny, ba
         Objective(tiny.model, ("cells",), classes).counts([batch])
     assert told in str(caught.value)
     assert str(caught.value).startswith("talk-0/")
+
+
+@pytest.mark.parametrize("label", [-1, -99, -101])
+def test_a_label_below_zero_is_refused_unless_it_says_unknown(tiny, batches, label):
+    batch = batches(tiny, 1, targets=True)[0]
+    batch.image_targets[0, 2, 1] = label
+    with pytest.raises(DataError, match=rf"label {label} of head 1.*-100"):
+        Objective(tiny.model, ("cells",), (3, 5)).counts([batch])
+
+
+class Shown(Talk):
+    """Every sample shows a picture whose two labels are known for as many tokens as it takes."""
+
+    def __init__(self, tokens: int, size_px: tuple[int, int]) -> None:
+        super().__init__(targets=True)
+        self.tokens, self.size_px = tokens, size_px
+
+    def sample(self, index):
+        sample = super().sample(index)
+        (user, answer), (picture,) = sample.messages, sample.media()
+        width, height = self.size_px
+        picture = Image(picture.source.resize((width, height)), ((0, 0),) * self.tokens)
+        turns = (dataclasses.replace(user, parts=(picture, *user.parts[1:])), answer)
+        return dataclasses.replace(sample, messages=turns)
+
+
+def refusal(composed, *sources) -> str:
+    """What the cells loss says about one sample of each source."""
+    batch = together(composed, [[composed.encoder(source.sample(1)) for source in sources]])
+    with pytest.raises(DataError) as caught:
+        Objective(composed.model, ("cells",), (3, 5)).counts([batch])
+    return str(caught.value)
+
+
+def test_the_cells_loss_says_why_pictures_have_no_targets():
+    sight = {"resize": "native", "fit_pixels": (256, 1024)}
+    native = tiny_model(words=WORDS, sight=sight)
+    wide, tall = Shown(8, (32, 16)), Shown(8, (16, 32))
+    assert "tiles of 2 sizes (16x32 and 32x16 px)" in refusal(native, wide, tall)
+    marked = tiny_model(words=WORDS, sight={"marks": ("start", "end")})
+    assert "learned marks" in refusal(marked, Shown(11, (24, 24)))
+    assert "not every picture here says so" in refusal(tiny_model(words=WORDS), Talk(), Talk())
 
 
 def test_pictures_nobody_labelled_are_refused(tiny, batches):

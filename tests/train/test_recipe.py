@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from tinymodal.core.config import dump, load
 from tinymodal.core.errors import RecipeError
-from tinymodal.train.recipe import Recipe, Source, Stage
+from tinymodal.train.recipe import Choice, Recipe, Source, Stage, read_choice
 
 RECIPE = """
 name = "demo"
@@ -37,6 +41,9 @@ def refused(**changes) -> str:
     with pytest.raises(ValidationError) as caught:
         stage(**changes)
     return str(caught.value)
+
+
+ADAPTERS = {"train": {"adapters": 1e-3}, "lora": {"rank": 4}}
 
 
 def read(tmp_path, text: str) -> Recipe:
@@ -107,6 +114,46 @@ def test_an_unknown_group_lists_the_groups_and_the_nearest():
         ({"data": [{"path": "a.json", "format": "llava", "options": {"a": 1}}]}, "for 'made' sources"),
         ({"data": [{"made": "scenes", "images": "x"}]}, "for 'path' sources"),
         ({"data": [{"made": "scenes", "weight": 0}]}, "greater than 0"),
+        ({"only": {"language": "norm"}}, "language: 'norm' chooses nothing; take 'from layer K', 'norms', "),
+        ({"only": {"language": "from layer -1"}}, "chooses nothing"),
+        ({"only": {"language": "named"}}, "chooses nothing"),
+        ({"only": {"visoin": "norms"}}, "did you mean 'vision'?"),
+        ({"only": {"embeddings": "norms"}}, "'embeddings' trains as a whole"),
+        ({"only": {"vision": "norms"}}, "'only.vision' says what trains, but 'train.vision' has no rate"),
+        ({"train": {"adapters": 1e-3}}, "there are none; add lora = { rank = 64 }"),
+        ({"lora": {"rank": 4}}, "'lora' has no rate; add it to 'train'"),
+        (ADAPTERS | {"lora": {"rank": 0}}, "greater than 0"),
+        (ADAPTERS | {"lora": {"rank": 4, "dropout": 1.0}}, "leaves every input out"),
+        (ADAPTERS | {"lora": {"rank": 4, "parts": []}}, "is empty"),
+        (ADAPTERS | {"lora": {"rank": 4, "parts": ["lm_head"]}}, "unknown part 'lm_head'"),
+        (ADAPTERS | {"lora": {"rank": 4, "parts": ["langauge"]}}, "did you mean 'language'?"),
+        (ADAPTERS | {"lora": {"rank": 4, "targets": "q_proj"}}, "names stand in a list: ['q_proj']"),
+        (ADAPTERS | {"lora": {"rank": 4, "targets": []}}, "is empty; take 'linear'"),
+        (ADAPTERS | {"lora": {"rank": 4, "kind": "dorra"}}, "'lora', 'dora' or 'rslora'"),
+        (
+            {"train": {"adapters": 1e-3, "language": 1e-3}, "lora": {"rank": 4}},
+            "'train.language' trains the matrices that lora.parts keeps frozen below its adapters",
+        ),
+        ({"bits": 4}, "bits = 4 stores the language model's matrices rounded, which cannot train"),
+        ({"bits": 8, "train": {"vision": 1e-3}}, "bits = 8 is for adapters on the language model"),
+        (
+            ADAPTERS | {"bits": 4, "lora": {"rank": 4, "parts": ["vision"]}},
+            "bits = 4 is for adapters on the language model",
+        ),
+        (ADAPTERS | {"bits": 2}, "4 or 8"),
+        (
+            ADAPTERS | {"bits": 8, "lora": {"rank": 4, "kind": "dora"}},
+            "bits = 8 does not go with kind = 'dora'",
+        ),
+        (
+            {
+                "loss": ["cells"],
+                "cell_classes": [2],
+                "train": {"heads": 1.0, "adapters": 1.0},
+                "lora": {"rank": 4},
+            },
+            "'train.adapters' has a rate, but only the text loss trains it",
+        ),
     ],
 )
 def test_a_contradiction_in_a_stage_is_told(changes, told):
@@ -124,6 +171,12 @@ def test_a_contradiction_in_a_stage_is_told(changes, told):
         ),
         ('name = "demo"', 'name = "demo"\nparts = { audio = "x" }', "parts"),
         ('name = "demo"', 'name = "demo"\nseed = -1', "seed is -1"),
+        ("steps = 200", "steps = 200\nbits = 4", "stages[1]: bits = 4 stores the language model's matrices"),
+        (
+            "steps = 200",
+            "steps = 200\nlora = { ranks = 4 }",
+            "unknown key 'ranks' in Lora; did you mean 'rank'?",
+        ),
         ('language = { path = "some/language" }', "", "a model needs 'language'"),
     ],
 )
@@ -138,3 +191,48 @@ def test_a_contradiction_between_parts_of_a_recipe_is_told(tmp_path, before, aft
 def test_micro_batches_fill_the_batch():
     assert stage(batch_tokens=2048, seq_len=256).micro_batches == 1
     assert stage(batch_tokens=2048, seq_len=256, micro_batch_tokens=512).micro_batches == 4
+
+
+CHOICES = """
+[[stages]]
+name  = "last"
+train = { adapters = 2e-4, connectors = 2e-5, vision = 2e-6, language = 1e-5 }
+only  = { vision = "from layer 12", language = "norms with biases" }
+lora  = { rank = 128, alpha = 256, parts = ["language"], targets = ["q_proj", "v_proj"], kind = "rslora" }
+bits  = 4
+steps = 10
+data  = [{ made = "scenes" }]
+"""
+
+
+def test_what_trains_is_said_on_one_screen_and_written_back(tmp_path):
+    recipe = read(tmp_path, RECIPE + CHOICES)
+    last = recipe.stages[2]
+    assert last.choice("vision") == Choice(layer=12)
+    assert last.choice("language") == Choice(norms=True, biases=True)
+    assert last.choice("connectors") == Choice()
+    assert read_choice("named proj, layers.1") == Choice(names=("proj", "layers.1"))
+    assert (last.lora.rank, last.lora.alpha, last.lora.dropout, last.bits) == (128, 256, 0.05, 4)
+    assert last.lora.targets == ("q_proj", "v_proj")
+    assert recipe.stages[0].lora is None
+    assert read(tmp_path, dump(recipe)) == recipe
+
+
+def test_an_adapter_in_a_tower_that_is_not_there_is_refused(tmp_path):
+    text = (RECIPE + CHOICES).replace('vision   = { path = "some/tower" }', "")
+    text = text.replace("connectors = 1e-3", "language = 1e-3").replace("connectors = 1e-4, ", "")
+    text = text.replace(" connectors = 2e-5, vision = 2e-6,", "").replace('vision = "from layer 12", ', "")
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, text.replace('["language"]', '["language", "vision"]'))
+    assert "stages[2].lora.parts names vision, but the model has no vision part" in str(caught.value)
+
+
+def test_every_example_of_the_page_on_trainability_is_a_stage():
+    page = (Path(__file__).parents[2] / "docs" / "trainability.md").read_text()
+    examples = re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1].split("\n\n")
+    shown = re.findall(r"`((?:train|only|lora) = \{.*?\}|bits = \d)`", page)
+    assert len(examples) == 5
+    for text in examples:
+        assert stage(**tomllib.loads(text)).train
+    for text in shown:  # of the table of choices, each alone
+        assert tomllib.loads(text)

@@ -4,6 +4,9 @@ A checkpoint is a folder ``checkpoints/01-instruct-0000400`` with ``model/`` (a 
 ``training.pt`` (optimizer, cell heads, place in the data, random state). It is written under another name,
 flushed to the disk and renamed, so a name that can be read is a checkpoint that is whole, whenever the power
 goes. The newest two are kept.
+
+Of a stage that trains adapters, ``model/`` is merged, ``adapter/`` is the adapter as peft reads it, and
+``training.pt`` also holds every tensor that trains: merging rounds, and the run goes on from the parts.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 
 from tinymodal.compose import build
 from tinymodal.core.errors import CheckpointError
+from tinymodal.train import adapters
 
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
@@ -54,11 +58,16 @@ class Checkpoint:
     path: Path
     progress: Progress
     state: dict[str, Any]
-    """``optimizer``, ``heads``, ``loader``, ``random``: see :func:`save`."""
+    """``optimizer``, ``heads``, ``loader``, ``random``; with adapters ``trained`` and ``base``, else None."""
 
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """There only if the stage trains one."""
+        return self.path / "adapter"
 
 
 def save(
@@ -74,13 +83,16 @@ def save(
         state: plain values and tensors, read back with ``weights_only``.
 
     Returns:
-        The checkpoint's folder; its model is in ``model/``.
+        The checkpoint's folder; its model is in ``model/``, and an adapter in ``adapter/``.
     """
     home = folder / "checkpoints"
     path = home / f"{progress.stage:02}-{stage_name}-{progress.step:07}"
 
     def write(unfinished: Path) -> None:
-        build.save(composed, unfinished / "model")
+        with adapters.merged(composed.model):
+            build.save(composed, unfinished / "model")
+        if adapters.adapted(composed.model):
+            adapters.save(composed.model, unfinished / "adapter")
         torch.save({"progress": asdict(progress), **state}, unfinished / "training.pt")
 
     write_folder(path, write)
@@ -151,6 +163,15 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         remove_folder(path)
     unfinished.rename(path)
     _flush(path.parent)
+
+
+def copy_folder(source: Path, path: Path) -> None:
+    """Copy a folder to ``path``, where it appears all at once."""
+
+    def copy(to: Path) -> None:
+        shutil.copytree(source, to, dirs_exist_ok=True)
+
+    write_folder(path, copy)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,10 +1,11 @@
 """Train the stages of a recipe, one after the other.
 
 A run is a folder: ``recipe.toml`` (resolved), ``run.json`` (versions, commit, machine), ``metrics.jsonl`` (a
-line a step), ``skipped.jsonl`` (rows that were left out, and why), ``checkpoints/``, ``stages/<name>`` (the
-model after each stage) and ``model`` (the result; both load with transformers' Auto classes). Started again,
-a run goes on from its newest checkpoint, and what it then computes is equal, bit for bit, to a run that was
-never interrupted.
+line a step), ``skipped.jsonl`` (rows that were left out, and why), ``trains/<name>.txt`` (what each stage
+trains, tensor by tensor), ``checkpoints/``, ``stages/<name>`` (the model after each stage) and ``model`` (the
+result; both load with transformers' Auto classes). A stage with ``lora`` leaves its adapter beside its merged
+model: ``adapters/<name>``, and ``adapter`` for the last. Started again, a run goes on from its newest
+checkpoint, and what it then computes is equal, bit for bit, to a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinymodal.compose import build
+from tinymodal.compose.quantize import quantize, require
 from tinymodal.core import config
 from tinymodal.core.errors import CheckpointError, DataError, RecipeError
 from tinymodal.core.log import Metrics, Progress, clock, say
@@ -30,15 +31,16 @@ from tinymodal.data.loader import Loader
 from tinymodal.data.sources import Source, open_source
 from tinymodal.data.synthetic import MADE
 from tinymodal.model.language import packs_exactly
-from tinymodal.train import checkpoint
+from tinymodal.train import adapters, checkpoint
 from tinymodal.train.checkpoint import Checkpoint
-from tinymodal.train.groups import Row, table, trainable
+from tinymodal.train.groups import Row, lines, trainable, who_trains
 from tinymodal.train.machine import record
 from tinymodal.train.objective import Objective
 from tinymodal.train.optim import build_optimizer, factor, set_rates
 from tinymodal.train.recipe import Recipe, Stage
 from tinymodal.train.recipe import Source as SourceSpec
 from tinymodal.train.step import StepReport, step
+from tinymodal.train.watch import Watch, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,42 +70,55 @@ def run(
         progress: show bars and tables.
 
     Returns:
-        Model and encoder as trained, on the device, in eval mode.
+        Model and encoder as trained, in eval mode, on the device; on the CPU where the last stage had
+        ``bits``, since its float32 weights may be more than the device holds.
 
     Raises:
-        RecipeError: the recipe does not fit its parts or its data, or the folder belongs to another recipe.
+        RecipeError: the recipe does not fit its parts or its data, or the folder belongs to another recipe;
+            after the first step of a stage, other tensors have moved than those that train.
         DataError: a row cannot be used and ``bad_rows`` is ``raise``; a loss is not finite.
-        CheckpointError: a checkpoint cannot be read.
+        CheckpointError: a checkpoint cannot be read, or what its stage began with has changed.
     """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     device = _device(recipe)
     start = checkpoint.latest(folder)
     _check_folder(recipe, folder, start)
-    if start is None:
-        composed = build.build(recipe.model, recipe.seed)
-    else:
-        composed = build.load(start.model)
-        checkpoint.realign(composed.model)
-        if progress:
-            say(f"going on from {start.path}")
+    composed = _where(recipe, folder, start)
+    checkpoint.realign(composed.model)
+    if start is not None and progress:
+        say(f"going on from {start.path}")
     first = 0 if start is None else start.progress.stage
     # Every stage is opened before the first one trains: a file that is missing is told now, not after hours.
     loaders = check(recipe, composed, first)
-    composed.model.to(device)  # type: ignore[arg-type]
 
     _open_folder(recipe, folder, start)
     heads: dict[str, Any] | None = None if start is None else start.state["heads"]
     for index in range(first, len(recipe.stages)):
         begin = start if index == first else None
         if begin is None or begin.progress.step < recipe.stages[index].steps:
-            work = _begin(recipe, index, composed, begin, heads, loaders[index])
+            work = _begin(recipe, index, folder, device, composed, begin, heads, loaders[index])
             _train(recipe, folder, composed, work, after_save, progress)
             heads = work.heads
-        _finish(recipe, index, folder, composed, on_stage_end)
+        _finish(recipe, index, folder, device, composed, on_stage_end, progress)
     for part, where in recipe.parts.items():
         build.save_part(composed.model, part, Path(where), composed.encoder.tokenizer)
     return composed
+
+
+def _where(recipe: Recipe, folder: Path, start: Checkpoint | None) -> Composed:
+    """The model to go on with: as ``start`` holds it, but for the middle of a stage with adapters.
+
+    There the checkpoint's model is merged, and merging rounds; what the stage began with does not.
+    """
+    if start is None:
+        return build.build(recipe.model, recipe.seed)
+    index = start.progress.stage
+    if recipe.stages[index].lora is None or start.progress.step == recipe.stages[index].steps:
+        return build.load(start.model)
+    if index == 0:
+        return build.build(recipe.model, recipe.seed)
+    return build.load(folder / "stages" / recipe.stages[index - 1].name)
 
 
 def check(recipe: Recipe, composed: Composed, first: int = 0) -> dict[int, Loader]:
@@ -120,7 +135,10 @@ def check(recipe: Recipe, composed: Composed, first: int = 0) -> dict[int, Loade
         with torch.random.fork_rng(devices=[]):
             heads = Objective(composed.model, stage.loss, stage.cell_classes).heads
         try:
-            trainable(composed.model, stage.train, stage.weight_decay, heads)
+            names = [] if stage.lora is None else adapters.targets(composed.model, stage.lora)
+            if stage.bits is not None:
+                require(stage.bits)
+            trainable(composed.model, stage.train, stage.weight_decay, heads, stage.only, names)
             loaders[index] = stage_loader(recipe, index, composed)
         except RecipeError as error:
             place = f"stages.{stage.name}"
@@ -187,6 +205,8 @@ class _Work:
     tokens: int
     carried: dict[str, Any] | None
     """Cell heads of earlier stages, for stages to come; this one's own go before them."""
+    base: str | None
+    """Fingerprint of the model that the stage began with; None without adapters."""
 
     @property
     def heads(self) -> dict[str, Any] | None:
@@ -197,26 +217,49 @@ class _Work:
 def _begin(
     recipe: Recipe,
     index: int,
+    folder: Path,
+    device: torch.device,
     composed: Composed,
     begin: Checkpoint | None,
     heads: dict[str, Any] | None,
     batches: Loader,
 ) -> _Work:
     """Stage ``index`` before its first step, or where ``begin`` left it."""
-    stage = recipe.stages[index]
+    stage, model = recipe.stages[index], composed.model
     torch.manual_seed(recipe.stage_seed(index))
-    set_recompute(composed.model, stage.recompute)
-    objective = Objective(composed.model, stage.loss, stage.cell_classes)
+    set_recompute(model, stage.recompute)
+    base = None if stage.lora is None else fingerprint(model)
+    if begin is not None and begin.state["base"] != base:
+        raise CheckpointError(
+            f"{begin.path}: stage {stage.name} began with another model than {_base(recipe, index, folder)} "
+            f"holds now, and its adapter fits that one only. Put it back, or train into another folder."
+        )
+    if stage.bits is not None:
+        # Before the model moves: what is rounded may fit on a device that the whole does not.
+        compute = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+        quantize(model.model.language_model, stage.bits, device, compute)
+    model.to(device)  # type: ignore[arg-type]
+    names: list[str] = []
+    if stage.lora is not None:
+        names = adapters.inject(model, stage.lora, _base(recipe, index, folder))
+    objective = Objective(model, stage.loss, stage.cell_classes)
     _load_heads(objective, heads)
-    groups = trainable(composed.model, stage.train, stage.weight_decay, objective.heads)
+    groups = trainable(model, stage.train, stage.weight_decay, objective.heads, stage.only, names)
     optimizer = build_optimizer(groups, stage)
     at = checkpoint.Progress(stage=index)
     if begin is not None:
         at = begin.progress
+        if begin.state["trained"] is not None:
+            adapters.load_trained(model, begin.state["trained"])
         optimizer.load_state_dict(begin.state["optimizer"])
         batches.load_state_dict(begin.state["loader"])
         checkpoint.set_random_state(begin.state["random"])
-    return _Work(index, stage, objective, optimizer, batches, at.step, at.seconds, at.tokens, heads)
+    return _Work(index, stage, objective, optimizer, batches, at.step, at.seconds, at.tokens, heads, base)
+
+
+def _base(recipe: Recipe, index: int, folder: Path) -> str | None:
+    """The folder or name of the model that a stage begins with; None where parts are composed for it."""
+    return recipe.model.path if index == 0 else str(folder / "stages" / recipe.stages[index - 1].name)
 
 
 def _train(
@@ -229,8 +272,12 @@ def _train(
 ) -> None:
     """The steps of one stage."""
     stage, objective, optimizer, batches = work.stage, work.objective, work.optimizer, work.batches
+    rows = who_trains(composed.model, stage, objective.heads)
     if shown:
-        _announce(stage, table(composed.model, stage.train, objective.heads), work.begun)
+        _announce(stage, rows, work.begun)
+    watch = Watch(composed.model, objective.heads, optimizer)
+    if not work.begun:
+        _write_trains(folder, work, rows, "")
     metrics = Metrics(folder / "metrics.jsonl")
     before = [row for row in checkpoint.read_lines(folder / "skipped.jsonl") if row["stage"] != stage.name]
     mean: float | None = None
@@ -242,11 +289,17 @@ def _train(
                 taken = list(itertools.islice(batches, stage.micro_batches))
                 report = step(objective, optimizer, taken, stage.clip, recipe.precision)
                 spent = time.perf_counter() - began
+                if not work.begun:
+                    seen = _look(watch, stage, done, any(b.pixel_values is not None for b in taken))
+                    if seen and done == 1:
+                        _write_trains(folder, work, rows, seen)
                 work.seconds, work.tokens = work.seconds + spent, work.tokens + report.num_tokens
                 metrics.log(_line(stage, done, report, optimizer, spent, work.seconds))
                 mean = report.loss if mean is None else 0.9 * mean + 0.1 * report.loss
                 bar.advance(note=f"loss {mean:.3f}")
                 if done == stage.steps or (recipe.save_every and done % recipe.save_every == 0):
+                    if done == stage.steps:
+                        _look(watch, stage, None)
                     _write_skipped(folder, stage, batches, before)
                     _save(folder, composed, work, done, metrics.flush(), after_save)
     finally:
@@ -256,6 +309,20 @@ def _train(
         metrics.close()
     if shown:
         _conclude(work, folder)
+        if not work.begun and watch.waiting:
+            told = ", ".join(watch.waiting[:3])
+            say(f"  {len(watch.waiting)} tensors that train have never moved: {told}")
+
+
+def _look(watch: Watch, stage: Stage, done: int | None, pictures: bool = False) -> str:
+    """Let ``watch`` look after a step, or (None) at the stage's end; what it says."""
+    try:
+        if done is not None:
+            return watch.after(done, pictures)
+        watch.end()
+        return ""
+    except RecipeError as error:
+        raise RecipeError(f"stages.{stage.name}: {error}") from error
 
 
 def _save(
@@ -275,6 +342,8 @@ def _save(
         "heads": work.heads,
         "loader": work.batches.state_dict(),
         "random": checkpoint.random_state(),
+        "trained": None if work.base is None else adapters.trained_state(composed.model),
+        "base": work.base,
     }
     path = checkpoint.save(folder, work.stage.name, now, composed, state)
     if after_save is not None:
@@ -298,14 +367,24 @@ def _finish(
     recipe: Recipe,
     index: int,
     folder: Path,
+    device: torch.device,
     composed: Composed,
     on_stage_end: Callable[[Stage, Composed], None] | None,
+    shown: bool,
 ) -> None:
     """Show the stage's model to the caller, then put it where it stays: a folder that says both were done."""
     stage = recipe.stages[index]
+    with_adapter = adapters.merge(composed.model)
+    if with_adapter is not None and shown:
+        say(f"  adapter merged: layers differ by at most {with_adapter:.0e} of their largest output")
+    if stage.bits is None:
+        composed.model.to(device)  # type: ignore[arg-type]
+    else:
+        composed.model.to("cpu")  # type: ignore[arg-type]
     composed.model.train(False)
     last = index == len(recipe.stages) - 1
     place = folder / "model" if last else folder / "stages" / stage.name
+    beside = folder / "adapter" if last else folder / "adapters" / stage.name
     if place.exists():
         return
     if on_stage_end is not None:
@@ -315,10 +394,10 @@ def _finish(
     newest = checkpoint.latest(folder)
     assert newest is not None
 
-    def copy(to: Path) -> None:
-        shutil.copytree(newest.model, to, dirs_exist_ok=True)
-
-    checkpoint.write_folder(place, copy)
+    # The adapter first: a model in its place says that all is done.
+    if newest.adapter.exists():
+        checkpoint.copy_folder(newest.adapter, beside)
+    checkpoint.copy_folder(newest.model, place)
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -428,9 +507,28 @@ def _write_skipped(folder: Path, stage: Stage, batches: Loader, before: list[dic
 def _announce(stage: Stage, rows: list[Row], done: int) -> None:
     resumed = f", {done:,} done" if done else ""
     say(f"stage {stage.name}: {stage.steps:,} steps of {stage.batch_tokens:,} tokens{resumed}")
-    for row in rows:
-        what = f"trains at {row.rate:g}" if row.rate else "frozen"
-        say(f"  {row.group:<11}{row.parameters:>14,}  {what}")
+    for line in lines(rows):
+        say(f"  {line}")
+
+
+def _write_trains(folder: Path, work: _Work, rows: list[Row], seen: str) -> None:
+    """The table of a stage, what was seen of it, and every tensor that trains."""
+    names = {id(p): name for name, p in work.objective.model.named_parameters()}
+    if work.objective.heads is not None:
+        names |= {id(p): f"heads.{name}" for name, p in work.objective.heads.named_parameters()}
+    tensors = [
+        f"{group['peak']:<8g} {group['weight_decay']:<8g} {'x'.join(map(str, p.shape)):<16} {names[id(p)]}"
+        for group in work.optimizer.param_groups
+        for p in group["params"]
+    ]
+    text = [
+        f"stage {work.stage.name}",
+        *lines(rows),
+        *([seen] if seen else []),
+        "",
+        "rate     decay    shape",
+    ]
+    checkpoint.write_text(folder / "trains" / f"{work.stage.name}.txt", "\n".join([*text, *tensors, ""]))
 
 
 def _conclude(work: _Work, folder: Path) -> None:

@@ -94,7 +94,7 @@ class _Blockwise(torch.autograd.Function):
         for first in range(0, len(targets_N), block):
             part = slice(first, first + block)
             states, targets = states_ND[part], targets_N[part, None]
-            # Autocast is off in here: what it would narrow, the caller already has.
+            # Autocast stays on in here and finds nothing to do: the caller has narrowed all three.
             logits = F.linear(states, weight_VD, bias_V).float()
             log_sum = logits.logsumexp(1, keepdim=True)
             total += (log_sum - logits.gather(1, targets)).sum()

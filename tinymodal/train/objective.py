@@ -90,22 +90,23 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> LossTerms:
         """The sums over the targets of one batch, one for each loss."""
         model = self.model.model
-        images_ISD = None if batch.pixel_values is None else model.perceive("image", batch.pixel_values)
+        seen = None if batch.pixel_values is None else model.perceive("image", batch.pixel_values)
         terms: LossTerms = {}
         if "text" in self.losses:
-            terms["text"] = self._text(batch, images_ISD)
+            terms["text"] = self._text(batch, seen)
         if self.heads is not None:
-            if images_ISD is None or batch.image_targets is None:
+            if seen is None or batch.image_targets is None:
                 terms["cells"] = torch.zeros((), device=self.device)
             else:
+                (images_ISD,) = seen  # pictures with targets are one tile of one size
                 terms["cells"] = self.heads(images_ISD, batch.image_targets)
         return terms
 
-    def _text(self, batch: Batch, images_ISD: Tensor | None) -> Tensor:
+    def _text(self, batch: Batch, seen: tuple[Tensor, ...] | None) -> Tensor:
         model = self.model.model
         x_BTD = model.get_input_embeddings()(batch.input_ids)
-        if images_ISD is not None:
-            x_BTD = model.place(x_BTD, images_ISD, batch.image_take, batch.image_put)
+        if seen is not None:
+            x_BTD = model.place(x_BTD, model.bank("image", seen), batch.image_take, batch.image_put)
         # No attention_mask and no cache: transformers reads document borders from position_ids only when both
         # are absent, and with either present packed documents see each other without a word.
         out = model.language_model(inputs_embeds=x_BTD, position_ids=batch.position_ids, use_cache=False)
@@ -123,21 +124,40 @@ class Objective(nn.Module):
         if targets_ISH is None:
             if batch.pixel_values is None:
                 return 0
-            raise DataError(
-                f"{batch.sample_ids[0]}: the cells loss needs to know what every picture shows, and not "
-                f"every picture here says so. Use made data with targets, or leave 'cells' out of the loss."
-            )
+            raise DataError(f"{batch.sample_ids[0]}: {_why_no_targets(batch)}")
         classes = self.heads.classes
         if targets_ISH.shape[2] != len(classes):
             raise DataError(
                 f"{batch.sample_ids[0]}: pictures have {targets_ISH.shape[2]} labels a token, but "
                 f"cell_classes names {len(classes)}; give the classes of each label."
             )
-        highest = targets_ISH.amax(dim=(0, 1)).tolist()
-        for head, (label, num) in enumerate(zip(highest, classes, strict=True)):
+        known_ISH = targets_ISH.masked_fill(targets_ISH == IGNORE, 0)
+        lowest, highest = (ends.tolist() for ends in (known_ISH.amin((0, 1)), known_ISH.amax((0, 1))))
+        for head, (low, label, num) in enumerate(zip(lowest, highest, classes, strict=True)):
+            if low < 0:
+                raise DataError(
+                    f"{batch.sample_ids[0]}: label {low} of head {head}; expected 0 or more, or {IGNORE} "
+                    f"where it has nothing to tell."
+                )
             if label >= num:
                 raise DataError(
                     f"{batch.sample_ids[0]}: label {label} of head {head}, but cell_classes[{head}] "
                     f"is {num}; it must be at least {label + 1}."
                 )
         return int((targets_ISH != IGNORE).sum())
+
+
+def _why_no_targets(batch: Batch) -> str:
+    """What keeps a batch of pictures from having targets, and what to do."""
+    tiles, take_K = batch.pixel_values, batch.image_take
+    one_tile = "the cells loss needs every picture as one tile, all of one size and without learned marks"
+    advice = "Prepare them with resize = \"square\" and no marks, or leave 'cells' out of the loss."
+    if isinstance(tiles, tuple):
+        sizes = " and ".join(f"{height}x{width}" for *_, height, width in (same.shape for same in tiles))
+        return f"{one_tile}, and there are tiles of {len(tiles)} sizes ({sizes} px) here. {advice}"
+    if take_K is not None and not torch.equal(take_K, torch.arange(len(take_K), device=take_K.device)):
+        return f"{one_tile}, and there are learned marks or pictures of several tiles here. {advice}"
+    return (
+        "the cells loss needs to know what every picture shows, each as one tile, and not every picture here "
+        "says so. Use made data with targets, or leave 'cells' out of the loss."
+    )

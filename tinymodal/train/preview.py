@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tinymodal.chat.encode import seen_by_tower
 from tinymodal.compose import build
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import IGNORE, Batch, Sample
-from tinymodal.train.groups import table
+from tinymodal.model.encoders import encoder_of
+from tinymodal.model.geometry import num_tokens
+from tinymodal.train.groups import lines, who_trains
 from tinymodal.train.loop import check, open_data, stage_loader
 from tinymodal.train.objective import Objective
 from tinymodal.train.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from tinymodal.chat.encode import Piece
     from tinymodal.compose.build import Composed
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
 MARKS = ("«", "»")
 """Around what trains, where there are no colours."""
 TRAINED = "bold green"
+MANY_SIZES = ("anyres", "slices", "tiles", "native")
+"""Ways to prepare a picture in which its own size decides how many tokens it takes."""
+TYPICAL_PX = ((480, 640), (1080, 1920), (2200, 1700))
+"""Height and width of a small photograph, a screen, and a scanned page."""
 SHOWN_CHARACTERS = 6_000
 """Of one row; the rest is left out and counted."""
 
@@ -80,20 +88,32 @@ def memory(recipe: Recipe, index: int, composed: Composed, row: Batch) -> Memory
     """
     stage = recipe.stages[index]
     heads = Objective(composed.model, stage.loss, stage.cell_classes).heads
-    rows = table(composed.model, stage.train, heads)
-    weights = sum(row.parameters for row in rows) * 4
-    trained = sum(row.parameters for row in rows if row.rate) * 4
+    rows = who_trains(composed.model, stage, heads)
+    # Norms are counted as rounded too; they are a thousandth.
+    sizes = {"language": stage.bits / 8} if stage.bits is not None else {}
+    weights = round(sum(row.parameters * sizes.get(row.group, 4) for row in rows))
+    trained = sum(row.trained for row in rows) * 4
     tokens = stage.micro_batch_tokens or stage.batch_tokens
     config = composed.model.config
     size = 2 if recipe.precision == "bfloat16" else 4
     activations = 0
     if "text" in stage.loss:
         activations += _activations(config.text_config, tokens, stage.recompute)
-    if stage.train.get("vision") and row.pixel_values is not None:
-        pictures = len(row.pixel_values) * (tokens // stage.seq_len)
-        patches = pictures * composed.processor.image_processor.num_patches
+    sees = stage.train.get("vision") or (stage.lora is not None and "vision" in stage.lora.parts)
+    if sees and row.pixel_values is not None:
+        patches = _patches(composed, row.pixel_values) * (tokens // stage.seq_len)
         activations += _activations(config.vision_config, patches, stage.recompute)
     return Memory(weights, 3 * trained, activations * size)
+
+
+def _patches(composed: Composed, pixel_values: Tensor | tuple[Tensor, ...]) -> int:
+    """Positions that the tower computes for some tiles."""
+    config = composed.model.config.vision_config
+    same_size = pixel_values if isinstance(pixel_values, tuple) else (pixel_values,)
+    return sum(
+        len(tiles) * num_tokens(encoder_of(config).grid(config, (tiles.shape[2], tiles.shape[3])))
+        for tiles in same_size
+    )
 
 
 def _activations(config: Any, positions: int, recompute: bool) -> int:
@@ -116,9 +136,15 @@ def _print_parts(composed: Composed, out: Console) -> None:
     out.print(parts)
     if composed.model.config.vision_config is not None:
         eye = composed.processor.image_processor
-        grids = " -> ".join("x".join(map(str, grid)) for grid in (eye.feature_grid, eye.token_grid))
-        size = "x".join(map(str, eye.preparation.size_px))
-        out.print(f"a picture of {size} px: {grids} = {eye.num_tokens} tokens", markup=False)
+        sizes = [eye.preparation.size_px]
+        if eye.preparation.resize in MANY_SIZES:
+            sizes += TYPICAL_PX
+        for height, width in sizes:
+            found = eye.layout((height, width))
+            grid = "x".join(map(str, found.grid)) if len(found.grid) > 1 else ""
+            seen = seen_by_tower(found.feature_grids)
+            counted = f"{grid} = {found.tokens:,}" if grid else f"{found.tokens:,}"
+            out.print(f"a picture of {height}x{width} px: {seen} -> {counted} tokens", markup=False)
 
 
 def _print_memory(found: Memory, out: Console) -> None:
@@ -139,9 +165,8 @@ def _print_stage(recipe: Recipe, index: int, composed: Composed, out: Console) -
         soft_wrap=True,
     )
     heads = Objective(composed.model, stage.loss, stage.cell_classes).heads
-    for row in table(composed.model, stage.train, heads):
-        what = f"trains at {row.rate:g}" if row.rate else "frozen"
-        out.print(f"  {row.group:<11}{row.parameters:>14,}  {what}", markup=False)
+    for line in lines(who_trains(composed.model, stage, heads)):
+        out.print(f"  {line}", markup=False)
 
 
 def _one_row(recipe: Recipe, index: int) -> Recipe:

@@ -7,15 +7,17 @@ Paths are relative to the working directory.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 from tinymodal.compose.spec import ModelSpec
 from tinymodal.core.lookup import nearest
 
-Group = Literal["vision", "connectors", "language", "embeddings", "heads"]
-GROUPS: tuple[Group, ...] = ("vision", "connectors", "language", "embeddings", "heads")
+Group = Literal["vision", "connectors", "language", "embeddings", "adapters", "heads"]
+GROUPS: tuple[Group, ...] = ("vision", "connectors", "language", "embeddings", "adapters", "heads")
+PARTS = ("vision", "connectors", "language")
+"""Groups that are rooms of the model: of these a stage may train less than all, or adapters instead."""
 Loss = Literal["text", "cells"]
 
 # Strict scalars: "10" is not 10 and true is not 1. Whole numbers are welcome where a float is asked for.
@@ -63,15 +65,98 @@ class Source(Value):
         return self
 
 
+class Choice(NamedTuple):
+    """Which of a group's parameters train."""
+
+    layer: int | None = None
+    """This block and all behind it, counted from 0."""
+    norms: bool = False
+    """The weights of its norms."""
+    biases: bool = False
+    """The biases of its norms as well."""
+    names: tuple[str, ...] = ()
+    """Its modules, or single parameters, of these names."""
+
+
+CHOICES = "'from layer K', 'norms', 'norms with biases' or 'named X, Y'"
+
+
+def read_choice(text: str) -> Choice:
+    """What a value of ``only`` means.
+
+    Raises:
+        ValueError: it means nothing.
+    """
+    if match := re.fullmatch(r"from layer (\d+)", text):
+        return Choice(layer=int(match[1]))
+    if text in ("norms", "norms with biases"):
+        return Choice(norms=True, biases=text != "norms")
+    if match := re.fullmatch(r"named ([\w.]+(?:, *[\w.]+)*)", text):
+        return Choice(names=tuple(re.split(r", *", match[1])))
+    raise ValueError(f"'{text}' chooses nothing; take {CHOICES}")
+
+
+class Lora(Value):
+    """Small matrices that train in place of the large ones beside which they stand."""
+
+    rank: Count
+    """Columns of one small matrix and rows of the other."""
+    alpha: Count | None = None
+    """The adapter counts alpha / rank (``rslora``: alpha / root of rank); None: twice the rank."""
+    dropout: Fraction = 0.05
+    """Fraction of an adapter's inputs that is left out at random while it trains."""
+    parts: tuple[str, ...] = ("language",)
+    """Where they stand: any of ``vision``, ``connectors``, ``language``. Never on the language head."""
+    targets: str | tuple[str, ...] = "linear"
+    """``linear``: every linear layer of the parts; or the layers' own names: ``["q_proj", "v_proj"]``."""
+    kind: Literal["lora", "dora", "rslora"] = "lora"
+    """``dora`` learns the length of every row as well; ``rslora`` keeps large ranks from counting less."""
+
+    @field_validator("parts")
+    @classmethod
+    def _parts(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
+        if not parts:
+            raise ValueError("is empty; give at least one, e.g. ['language']")
+        for part in parts:
+            if part not in PARTS:
+                raise ValueError(f"unknown part '{part}'; parts: {', '.join(PARTS)}{nearest(part, PARTS)}")
+        return parts
+
+    @field_validator("targets")
+    @classmethod
+    def _targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not targets:
+            raise ValueError("is empty; take 'linear' for every linear layer")
+        if isinstance(targets, str) and targets != "linear":
+            raise ValueError(f"'{targets}' is not 'linear'; names stand in a list: ['{targets}']")
+        return targets
+
+    @field_validator("dropout")
+    @classmethod
+    def _dropout(cls, dropout: float) -> float:
+        if dropout == 1:
+            raise ValueError("1 leaves every input out; take less")
+        return dropout
+
+
 class Stage(Value):
     """What trains, on what, for how long."""
 
     name: str
     """Names the folder ``run/stages/<name>``: letters, digits, ``-`` and ``_``."""
     train: dict[str, Rate]
-    """Group -> peak learning rate; what is not listed, or has rate 0, is frozen. Groups: vision, connectors,
-    language (the decoder, and its embeddings unless they are listed), embeddings (token embeddings and
-    language head), heads (the cell heads)."""
+    """Group -> peak learning rate; what is not listed, or has rate 0, is frozen. Groups: vision, connectors
+    (with the learned marks), language (the decoder, and its embeddings unless they are listed or ``only``
+    names language), embeddings (token embeddings and language head), adapters (of ``lora``), heads (the cell
+    heads)."""
+    only: dict[str, str] = {}
+    """Group -> what of it trains, where that is not all of it: ``from layer 12`` (that block, counted from 0,
+    and the ones behind it), ``norms`` (their weights), ``norms with biases``, ``named proj, query`` (modules
+    or parameters of these names). For vision, connectors and language."""
+    lora: Lora | None = None
+    """Adapters, with the rate ``train.adapters``: ``{ rank = 64 }``. Merged when the stage ends."""
+    bits: Literal[4, 8] | None = None
+    """What the language model's linear layers are stored in while adapters on them train; None: 32."""
     data: tuple[Source, ...]
     """Where samples come from; several sources are mixed by ``weight``."""
     steps: Count
@@ -139,6 +224,21 @@ class Stage(Value):
             )
         return train
 
+    @field_validator("only")
+    @classmethod
+    def _only(cls, only: dict[str, str]) -> dict[str, str]:
+        for group, text in only.items():
+            if group not in PARTS:
+                hint = nearest(group, PARTS)
+                raise ValueError(
+                    f"'{group}' trains as a whole; groups that need not: {', '.join(PARTS)}{hint}"
+                )
+            try:
+                read_choice(text)
+            except ValueError as error:
+                raise ValueError(f"{group}: {error}") from None
+        return only
+
     @field_validator("data", "loss")
     @classmethod
     def _some(cls, value: tuple) -> tuple:
@@ -173,12 +273,49 @@ class Stage(Value):
             raise ValueError(
                 "'train.heads' and 'cell_classes' are for the cells loss; add it: loss = ['cells']"
             )
-        idle = [g for g in ("language", "embeddings") if self.train.get(g)]
+        idle = [f"train.{g}" for g in ("language", "embeddings") if self.train.get(g)]
+        if self.lora is not None and "language" in self.lora.parts:
+            idle.append("train.adapters")
         if self.loss == ("cells",) and idle:
+            raise ValueError(f"'{idle[0]}' has a rate, but only the text loss trains it; add 'text' to loss")
+        return self
+
+    @model_validator(mode="after")
+    def _choose(self) -> Stage:
+        for group in self.only:
+            if not self.train.get(group):
+                raise ValueError(
+                    f"'only.{group}' says what trains, but 'train.{group}' has no rate; give it one"
+                )
+        if self.lora is None and self.train.get("adapters"):
+            raise ValueError("'train.adapters' has a rate, but there are none; add lora = { rank = 64 }")
+        if self.lora is not None and not self.train.get("adapters"):
+            raise ValueError("'lora' has no rate; add it to 'train', e.g. {adapters = 2e-4}")
+        adapted = () if self.lora is None else self.lora.parts
+        for group in adapted:
+            if self.train.get(group) and group not in self.only:
+                raise ValueError(
+                    f"'train.{group}' trains the matrices that lora.parts keeps frozen below its adapters; "
+                    f"take one of the two out, or name what else trains, e.g. only = {{{group} = 'norms'}}"
+                )
+        if self.bits is not None and self.train.get("language") and not self.choice("language").norms:
             raise ValueError(
-                f"'train.{idle[0]}' has a rate, but only the text loss trains it; add 'text' to loss"
+                f"bits = {self.bits} stores the language model's matrices rounded, which cannot train; train "
+                f"adapters in its place: train = {{adapters = 2e-4}}, lora = {{rank = 64}}"
+            )
+        if self.bits == 8 and self.lora is not None and self.lora.kind == "dora":
+            # peft 0.21 loses the scales of 8 bits with DoRA's first product on a CPU.
+            raise ValueError("bits = 8 does not go with kind = 'dora'; take bits = 4, or kind = 'lora'")
+        if self.bits is not None and "language" not in adapted:
+            raise ValueError(
+                f"bits = {self.bits} is for adapters on the language model; add lora = {{rank = 64}}, or "
+                f"take bits out"
             )
         return self
+
+    def choice(self, group: str) -> Choice:
+        """What of ``group`` trains; an empty choice: all of it."""
+        return read_choice(self.only[group]) if group in self.only else Choice()
 
     @property
     def micro_batches(self) -> int:
@@ -229,6 +366,11 @@ class Recipe(Value):
                     raise ValueError(
                         f"stages[{i}].train.{group} has a rate, but the model has no vision part; "
                         f"add [model] vision = {{ path = ... }} or remove the group"
+                    )
+                if stage.lora is not None and group in stage.lora.parts and self.model.vision is None:
+                    raise ValueError(
+                        f"stages[{i}].lora.parts names {group}, but the model has no vision part; "
+                        f"add [model] vision = {{ path = ... }} or remove the part"
                     )
         if "vision" in self.parts and self.model.vision is None:
             raise ValueError("parts.vision is named, but the model has no vision part")

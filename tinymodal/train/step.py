@@ -118,6 +118,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor)
     }
+    if isinstance(batch.pixel_values, tuple):
+        moved["pixel_values"] = tuple(tiles.to(device, non_blocking=True) for tiles in batch.pixel_values)
     return dataclasses.replace(batch, **moved)
 
 
