@@ -206,7 +206,8 @@ def test_a_saved_model_is_scored_from_the_command_line(model_folder, tmp_path, c
     out = capsys.readouterr().out
     for told in ("scenes-shuffled", "colour", "mean", "first 10 questions only", str(tmp_path)):
         assert told in out
-    names = {"results.json", "scenes.jsonl", "scenes-unseen.jsonl", "scenes-shuffled.jsonl"}
+    tests = ("scenes", "scenes-unseen", "scenes-shuffled")
+    names = {"results.json", ".eval.lock", *(f"{name}.replies.jsonl" for name in tests)}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

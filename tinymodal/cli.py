@@ -12,6 +12,7 @@ import argparse
 import errno
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from tinymodal.core.errors import DataError, RecipeError, TinyModalError
 
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
+    from tinymodal.train.recipe import Recipe
 
     Verbs = argparse._SubParsersAction["Parser"]
 
@@ -47,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="store_true", help="print the version and leave")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", parser_class=Parser)
-    for add in (add_demo, add_train, add_preview, add_eval, add_chat):
+    for add in (add_demo, add_train, add_preview, add_eval, add_chat, add_adopt):
         add(verbs)
     return top
 
@@ -68,8 +70,7 @@ def add_train(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "train", help="run a recipe's stages: tinymodal train recipes/demo.toml stages.align.steps=50"
     )
-    p.add_argument("recipe", help="a TOML file, or my_runs.py:function")
-    p.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="change a value of the recipe")
+    add_recipe(p)
     p.add_argument(
         "--out", type=Path, metavar="FOLDER", help="run folder; runs/NAME of the recipe if not given"
     )
@@ -80,8 +81,7 @@ def add_preview(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "preview", help="parameters, tokens, memory and one packed row in colour; trains nothing"
     )
-    p.add_argument("recipe", help="a TOML file, or my_runs.py:function")
-    p.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="change a value of the recipe")
+    add_recipe(p)
     p.set_defaults(run=run_preview)
 
 
@@ -141,6 +141,40 @@ def add_chat(verbs: Verbs) -> None:
     p.set_defaults(run=run_chat)
 
 
+def add_adopt(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "adopt",
+        help="another system's checkpoint becomes ours, with proof: tinymodal adopt llava-v1.5-7b runs/llava",
+    )
+    p.add_argument("checkpoint", type=Path, help="its folder; for TinyGPT-V and MiniGPT-4 the .pth file")
+    p.add_argument("out", type=Path, help="folder to write; appears whole or not at all")
+    parts = {
+        "language": "folder of the language model that a projector or an adapter was trained over",
+        "vision": "folder of the tower, where the checkpoint does not hold it; timm's may be a file",
+        "tokenizer": "folder of the tokenizer, where the checkpoint does not hold it",
+        "qformer": "BLIP-2's .pth file, for TinyGPT-V and MiniGPT-4",
+    }
+    for name, what in parts.items():
+        p.add_argument(f"--{name}", type=Path, metavar="PATH", help=what)
+    p.add_argument("--template", metavar="NAME", help="the chat template; guessed if not given")
+    p.add_argument(
+        "--tensors-only",
+        action="store_true",
+        help="compare tensors but no logits, for a model that does not fit into memory in float32",
+    )
+    p.set_defaults(run=run_adopt)
+
+
+def add_recipe(p: argparse.ArgumentParser) -> None:
+    p.add_argument("recipe", help="a TOML file, or my_runs.py:function")
+    p.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="change a value of the recipe")
+    p.add_argument(
+        "--tiny",
+        action="store_true",
+        help="small random parts of the same kinds, made data, two steps a stage: does the recipe run?",
+    )
+
+
 def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
@@ -166,6 +200,9 @@ def run_train(args: argparse.Namespace) -> None:
     from tinymodal.train.recipe import Recipe
 
     recipe = load(args.recipe, Recipe, args.overrides)
+    if args.tiny:
+        train_tiny(args, recipe)
+        return
     folder = args.out or Path("runs") / recipe.name
 
     from tinymodal.train.loop import run
@@ -182,15 +219,43 @@ def run_preview(args: argparse.Namespace) -> None:
 
     from tinymodal.train.preview import preview
 
-    preview(recipe)
+    with tempfile.TemporaryDirectory() as made:
+        preview(tiny(args, recipe, Path(made)) if args.tiny else recipe)
+
+
+def train_tiny(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Run the recipe's stand-in; leave nothing behind unless told where."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.out or Path(made)
+        small = tiny(args, recipe, folder / "toy")
+
+        from tinymodal.train.loop import run
+
+        run(small, folder)
+    kept = f"The toy model is in {folder / 'model'}." if args.out else "Nothing is kept."
+    print(f"\nAll {len(recipe.stages)} stages run. Nothing real was trained. {kept}\n")
+
+
+def tiny(args: argparse.Namespace, recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe's stand-in, and what it is; its tokenizer and data go to ``folder``."""
+    from tinymodal.core.log import say
+    from tinymodal.train.shrink import STEPS, shrink_recipe
+
+    small, toy = shrink_recipe(recipe, folder, Path(args.recipe).parent)
+    say(
+        f"--tiny: parts are small and random, pictures and conversations made, each stage takes {STEPS} "
+        f"steps; nothing real is trained"
+    )
+    for line in toy.lines:
+        say(f"  {line}")
+    return small
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from tinymodal.eval.run import benchmark, evaluate, tables
+    from tinymodal.eval.run import benchmarks, evaluate, tables
 
     names = [name for name in args.on.split(",") if name]
-    for name in names:
-        benchmark(name)  # a misspelt name is told before the model is loaded
+    benchmarks(names)  # a misspelt name is told before the model is loaded
     folder = args.out or results_folder(args.model)
     results = evaluate(load_model(args), names, folder=folder, limit=args.limit, batch_size=args.batch)
 
@@ -221,6 +286,33 @@ def run_chat(args: argparse.Namespace) -> int:
     )
     errors = chat(Engine(composed), args.image, sampling)
     return 1 if errors and not sys.stdin.isatty() else 0
+
+
+def run_adopt(args: argparse.Namespace) -> None:
+    from tinymodal.port.adopt import REPORT, adopt, tables
+    from tinymodal.port.source import Extras
+
+    extras = Extras(
+        language=args.language,
+        vision=args.vision,
+        tokenizer=args.tokenizer,
+        qformer=args.qformer,
+        template=args.template,
+    )
+    report = adopt(args.checkpoint, args.out, extras, forward=not args.tensors_only)
+
+    from rich.console import Console
+
+    from tinymodal.core.log import program
+
+    console = Console()
+    for table in tables(report):
+        console.print(table)
+    for note in report.notes:
+        print(f"note: {note}")
+    print(
+        f"Every tensor and comparison: {args.out / REPORT}\n\nTalk to it:\n\n  {program()} chat {args.out}\n"
+    )
 
 
 def load_model(args: argparse.Namespace) -> Composed:
