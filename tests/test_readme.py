@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from tinymodal.cli import main, parser
+from tinymodal.compose.spec import ModelSpec, VisionSpec
 from tinymodal.core.config import load
 from tinymodal.core.lookup import find
 from tinymodal.train.recipe import Recipe, Stage
@@ -88,12 +89,19 @@ def test_every_toml_block_is_a_recipe_or_a_piece_of_one(page, tmp_path):
     for block in blocks(page):
         if block.language != "toml":
             continue
-        if "stages" in tomllib.loads(block.text):
-            (tmp_path / "block.toml").write_text(block.text)
-            assert load(tmp_path / "block.toml", Recipe).stages
-        else:
-            stage = {"name": "s", "train": {"connectors": 1e-3}, "steps": 1, **tomllib.loads(block.text)}
-            assert Stage.model_validate(stage).data
+        # Under the title "pieces" each paragraph is one.
+        for text in block.text.split("\n\n") if block.title == "pieces" else [block.text]:
+            piece = tomllib.loads(text)
+            stage = {"name": "s", "train": {"connectors": 1e-3}, "steps": 1, "data": [{"made": "scenes"}]}
+            if "stages" in piece:
+                (tmp_path / "block.toml").write_text(text)
+                assert load(tmp_path / "block.toml", Recipe).stages
+            elif "model" in piece:
+                assert ModelSpec.model_validate({"language": {"path": "an/llm"}, **piece["model"]})
+            elif "config" in piece or "path" in piece:
+                assert VisionSpec.model_validate(piece)
+            else:
+                assert Stage.model_validate({**stage, **piece}).data
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

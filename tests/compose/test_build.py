@@ -403,7 +403,8 @@ def test_an_incomplete_checkpoint_is_refused_not_filled_with_random_numbers(chec
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         key = {"siglip": "tower", "llama": "language"}[name]
         with pytest.raises(
-            CheckpointError, match=f"1 weights are not in the checkpoint and would be random, first .*{lost[-20:]}"
+            CheckpointError,
+            match=f"1 weights are not in the checkpoint and would be random, first .*{lost[-20:]}",
         ):
             build(spec_of(checkpoints, **{key: folder}))
 

@@ -109,7 +109,12 @@ def test_generate_of_transformers_equals_our_engine_also_with_beams_of_one(compo
     expected = Engine(composed).reply([sample], Sampling(max_new_tokens=4))[0]
     text, placeholder = composed.tokenizer.decode(composed.encoder(sample, reply=True).ids), "<image>"
     prompt = composed.tokenizer.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what is it"}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what is it"}],
+            }
+        ],
         tokenize=False,
         add_generation_prompt=True,
     )
@@ -132,9 +137,7 @@ def test_a_saved_model_prepares_and_answers_the_same(composed, tmp_path):
     assert torch.equal(before.ids, after.ids)
     for a, b in zip(before.media[0].tiles, after.media[0].tiles, strict=True):
         assert torch.equal(a, b)
-    for (name, a), b in zip(
-        composed.model.named_parameters(), again.model.parameters(), strict=True
-    ):
+    for (name, a), b in zip(composed.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 

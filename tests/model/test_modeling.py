@@ -147,7 +147,7 @@ def test_inputs_that_contradict_each_other_are_refused(model, pictures):
         model(inputs_embeds=torch.zeros(1, 3, 32), pixel_values=pictures[:1])
     with pytest.raises(ValueError, match="image_put needs image_take"):
         model(input_ids=ids, pixel_values=pictures[:1], image_put=torch.arange(9))
-    with pytest.raises(ValueError, match="9 placeholders .* image_take names 8 embeddings"):
+    with pytest.raises(ValueError, match=r"9 placeholders .* image_take names 8 embeddings"):
         model(input_ids=ids, pixel_values=pictures[:1], image_take=torch.arange(8))
 
 

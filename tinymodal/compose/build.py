@@ -49,7 +49,7 @@ from tinymodal.model.modeling_tinymodal import TinyModalForConditionalGeneration
 from tinymodal.model.processing_tinymodal import TinyModalProcessor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
 
@@ -160,7 +160,7 @@ def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
         model.generation_config = language.generation_config
     if tower_folder is not None:
         load_tower(model.model.towers["image"], tower_folder, "model.vision.path")
-    return _composed(model, tokenizer, preparation, spec.language.template)
+    return assemble(model, tokenizer, preparation, spec.language.template)
 
 
 def _check(
@@ -182,8 +182,8 @@ def _check(
     if found.tokens >= context:
         raise RecipeError(
             f"model.vision: a picture takes {found.tokens:,} tokens and model.language reads at most "
-            f"{context:,}; choose a connector that folds more ('pixel_shuffle', 'perceiver'), fewer tiles, or a "
-            f"language model with a longer context"
+            f"{context:,}; choose a connector that folds more ('pixel_shuffle', 'perceiver'), fewer tiles, "
+            f"or a language model with a longer context"
         )
 
 
@@ -389,12 +389,24 @@ def _preparation(
     return replace(how, resize=spec.resize, **given)
 
 
-def _composed(
+def assemble(
     model: TinyModalForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     preparation: Preparation | None,
     template: str,
 ) -> Composed:
+    """A model that has its weights, with the processor and the encoder that write for it.
+
+    Args:
+        model: put into evaluation mode; its generation config gets the template's stops and the tokenizer's
+            ids.
+        tokenizer: knows the placeholder and the template's control words, see :func:`add_tokens`.
+        preparation: how pictures are prepared; None for a model without a tower.
+        template: name or file of the chat template.
+
+    Raises:
+        RecipeError: the preparation does not fit the tower or the connector.
+    """
     with one_line("model", RecipeError, CONTRADICTIONS):
         processor = TinyModalProcessor.of(model.config, tokenizer, preparation)
     encoder = Encoder(processor, template, max_prompt_tokens=_context(model.config))

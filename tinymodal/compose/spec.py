@@ -57,14 +57,14 @@ class VisionSpec(Value):
     options: dict[str, bool | int | float | str] = {}
     """The connector's own options, e.g. ``{ ratio = 2 }``."""
     marks: tuple[str, ...] = ()
-    """Learned embeddings around and between a picture's tokens: ``start``, ``end``, ``newline`` (closes a row),
-    ``tile_start``, ``tile_end``, ``tile_newline`` and ``id``. They train with the connectors."""
+    """Learned embeddings around and between a picture's tokens: ``start``, ``end``, ``newline`` (closes a
+    row), ``tile_start``, ``tile_end``, ``tile_newline`` and ``id``. They train with the connectors."""
     merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"
-    """How the tokens of tiles follow one another: tile by tile, or row by row over the whole picture, without or
-    with the rows and columns of padding taken out (LLaVA-NeXT)."""
+    """How the tokens of tiles follow one another: tile by tile, or row by row over the whole picture,
+    without or with the rows and columns of padding taken out (LLaVA-NeXT)."""
     feature_layer: Number | tuple[Number, ...] = -2
-    """Hidden state that is read, counted as in LLaVA: -1 is the last block's output, -2 the one before. A list:
-    their features side by side."""
+    """Hidden state that is read, counted as in LLaVA: -1 is the last block's output, -2 the one before. A
+    list: their features side by side."""
     keep_class: Annotated[bool, Strict()] = False
     """Keep the class token (and registers) of a tower that has one."""
     final_norm: Annotated[bool, Strict()] = False
@@ -73,8 +73,8 @@ class VisionSpec(Value):
     """Leave out the first patch of a tower without a class token: what TinyLLaVA's SigLIP models were trained
     with. Not for new models."""
     resize: Literal["square", "crop", "pad", "anyres", "slices", "tiles", "native"] = "square"
-    """``square`` stretches a picture to the tower's size; ``crop`` cuts its middle out; ``pad`` first fills its
-    short side with the mean colour. ``anyres``, ``slices`` and ``tiles`` show it whole and in pieces;
+    """``square`` stretches a picture to the tower's size; ``crop`` cuts its middle out; ``pad`` first fills
+    its short side with the mean colour. ``anyres``, ``slices`` and ``tiles`` show it whole and in pieces;
     ``native`` keeps its shape. See docs/resolutions.md."""
     size_px: Count | None = None
     """Edge of the prepared picture or tile; left out, what the tower was trained on."""
@@ -82,11 +82,11 @@ class VisionSpec(Value):
     """``anyres``: heights and widths that pieces may cover together; left out, LLaVA-NeXT's, scaled to the
     tower."""
     max_tiles: Count | None = None
-    """At most so many pieces besides the whole picture; left out, 9 for ``slices``, 12 for ``tiles``, and as many
-    as the pinpoints have for ``anyres``."""
+    """At most so many pieces besides the whole picture; left out, 9 for ``slices``, 12 for ``tiles``, and as
+    many as the pinpoints have for ``anyres``."""
     longest_px: Count | None = None
-    """``tiles``: stretch the longer edge to so many pixels, in whole tiles (SmolVLM); left out, the grid of tiles
-    is the one nearest to the picture's shape (InternVL)."""
+    """``tiles``: stretch the longer edge to so many pixels, in whole tiles (SmolVLM); left out, the grid of
+    tiles is the one nearest to the picture's shape (InternVL)."""
     thumbnail: Annotated[bool, Strict()] | None = None
     """``tiles``: show the whole picture too; left out, yes."""
     fit_pixels: tuple[Count, Count] | None = None
@@ -95,8 +95,8 @@ class VisionSpec(Value):
     """Pictures with more pixels are refused before they are decoded; left out, 89,478,485."""
 
     normalise: Literal["own", "first"] = "own"
-    """Two towers: each sees the picture normalised as it was pretrained, or both as the first was (TinyLLaVA's
-    MoF)."""
+    """Two towers: each sees the picture normalised as it was pretrained, or both as the first was
+    (TinyLLaVA's MoF)."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> VisionSpec:

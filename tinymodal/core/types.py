@@ -91,8 +91,8 @@ class MediaItem:
     tile_tokens: tuple[int, ...] = ()
     """Embeddings of each tile; empty: one tile of ``tokens``."""
     order: Tensor | None = None
-    """int64 [tokens], which embedding stands at each place: from 0 those of the tiles laid end to end, below 0
-    the learned marks (``geometry.arrange``). None: one tile, in its own order."""
+    """int64 [tokens], which embedding stands at each place: from 0 those of the tiles laid end to end, below
+    0 the learned marks (``geometry.arrange``). None: one tile, in its own order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class CLIP(HFTower):
 
 
 class BLIP2(CLIP):
-    """The tower of BLIP-2 (arXiv:2301.12597): EVA-CLIP-g (arXiv:2303.15389) without its last block.
+    """The tower of BLIP-2 (arXiv:2301.12597): EVA-CLIP-g (arXiv:2211.07636) without its last block.
 
     Its config counts the 39 blocks that are left, so what MiniGPT-4 and TinyGPT-V read is ``feature_layer``
     -1 with the class token. ``final_norm`` is BLIP-2's ``ln_vision``, which belongs to the Q-Former.

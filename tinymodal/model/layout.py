@@ -1,8 +1,8 @@
 """Where the embeddings of a batch's tiles lie, and which of them each placeholder takes.
 
-Tiles of one size go through the tower together, so their embeddings lie end to end size by size, in the order in
-which sizes first come; behind them lie the learned marks. Training and generation both find their way with
-:func:`lay_out`.
+Tiles of one size go through the tower together, so their embeddings lie end to end size by size, in the
+order in which sizes first come; behind them lie the learned marks. Training and generation both find their
+way with :func:`lay_out`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def lay_out(pictures: Sequence[Picture]) -> tuple[tuple[Tensor, ...], Tensor]:
         pictures: at least one, in reading order.
 
     Returns:
-        float32 [I, 3, H, W] for each size of tile; and int64 [K], the places in the embeddings of these tensors
-        laid end to end, with the marks after them.
+        float32 [I, 3, H, W] for each size of tile; and int64 [K], the places in the embeddings of these
+        tensors laid end to end, with the marks after them.
 
     Raises:
         ValueError: tiles of one size that take different numbers of tokens: they are not of one processor.

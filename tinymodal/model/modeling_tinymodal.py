@@ -5,8 +5,8 @@
 saved folder carries this file and its neighbours, so that it loads where our package is not installed.
 """
 
-# Shapes: B rows, T positions, I tiles, S tokens a tile, K placeholders, M marks, R embeddings in all, D language
-# width, V vocabulary.
+# Shapes: B rows, T positions, I tiles, S tokens a tile, K placeholders, M marks, R embeddings in all, D
+# language width, V vocabulary.
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TinyModalModel(TinyModalPreTrainedModel):
     _auto_class: Any = "AutoModel"
 
     def __init__(self, config: TinyModalConfig, language: PreTrainedModel | None = None) -> None:
-        """Make the model; ``language`` is a causal language model whose decoder is taken instead of a new one."""
+        """Make the model; ``language`` is a causal language model whose decoder is taken."""
         super().__init__(config)
         decoder: Any = build_decoder(config.text_config) if language is None else language.base_model
         self.language_model = decoder
@@ -142,7 +142,7 @@ class TinyModalModel(TinyModalPreTrainedModel):
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> Any:
-        """Embeddings of prepared tiles, [I, S, D] or one such for each size; the name other programs ask for."""
+        """Embeddings of prepared tiles, [I, S, D] or one such for each size; others ask by this name."""
         seen = self.perceive("image", pixel_values)
         return seen[0] if len(seen) == 1 else seen
 
@@ -189,13 +189,13 @@ class TinyModalModel(TinyModalPreTrainedModel):
             take = self._whole_tiles(kind, values, len(put)).to(put.device)
         if len(put) != len(take):
             raise ValueError(
-                f"{len(put)} placeholders (token {self.config.image_token_id}) but {kind}_take names {len(take)} "
-                f"embeddings; the processor writes as many as are needed"
+                f"{len(put)} placeholders (token {self.config.image_token_id}) but {kind}_take names "
+                f"{len(take)} embeddings; the processor writes as many as are needed"
             )
         return MediaInput(values, take, put)
 
     def _whole_tiles(self, kind: str, values: Tensor | Sequence[Tensor], places: int) -> Tensor:
-        """Every embedding of every tile in order, int64 [K]: right where a picture is one tile without marks."""
+        """Every embedding of every tile in order, int64 [K]: for pictures of one tile without marks."""
         if kind in self.marks or not isinstance(values, Tensor):
             raise ValueError(
                 f"this model writes {kind}s as tiles and marks, whose order the processor gives; "
@@ -236,9 +236,9 @@ class TinyModalModel(TinyModalPreTrainedModel):
             input_ids: int64 [B, T]; each picture holds its places with ``config.image_token_id``.
             pixel_values: float [I, 3, H, W], prepared, in reading order over the rows; where tiles differ in
                 size, one such tensor for each size.
-            image_take: int64 [K], see :class:`MediaInput`; may be left out where every picture is one tile and
-                the model has no marks.
-            image_put: int64 [K], the positions in the flattened B*T; found from ``input_ids`` where not given.
+            image_take: int64 [K], see :class:`MediaInput`; may be left out where every picture is one tile
+                and the model has no marks.
+            image_put: int64 [K], the positions in the flattened B*T; found from ``input_ids`` if not given.
             position_ids: int64 [B, T]. Restarting at 0 they separate the documents of a packed row, if there
                 is neither ``attention_mask`` nor cache.
             attention_mask: 0 at padding, as transformers has it; None where there is none or rows are packed.
@@ -287,8 +287,8 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
 
         Args:
             config: what it is made of.
-            language: a causal language model of ``config.text_config`` to go on with, its decoder and its head
-                as they are (no copy); None: a new one.
+            language: a causal language model of ``config.text_config`` to go on with, its decoder and its
+                head as they are (no copy); None: a new one.
         """
         super().__init__(config)
         self.model = TinyModalModel(config, language)

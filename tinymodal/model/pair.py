@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .image import Preparation
-from .media import Features, MediaEncoder
+from .media import OPTIONS, Features, MediaEncoder
 
 NORMALISE = ("own", "first")
 
@@ -28,9 +28,12 @@ class PairConfig(PreTrainedConfig):
     """Two towers' configs, and what the second's pictures are normalised by.
 
     Args:
-        towers: both configs, or their values with ``model_type``; kept as values. normalise: see above.
+        towers: both configs, or their values with ``model_type``; kept as values.
+        normalise: see above.
         means: of each tower's pictures, per channel, of values in [0, 1]; None: as the families were
-        pretrained. stds: as ``means``. **kwargs: what every transformers config takes.
+            pretrained.
+        stds: as ``means``.
+        **kwargs: what every transformers config takes.
 
     Raises:
         ValueError: not two towers, one that nobody knows or a pair itself, an unknown ``normalise``.
@@ -65,7 +68,7 @@ class PairConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def parts(self) -> tuple[PreTrainedConfig, PreTrainedConfig]:
-        """Both configs.
+        """Both configs, with the options of the pair.
 
         Raises:
             ValueError: if they were not given.
@@ -75,6 +78,10 @@ class PairConfig(PreTrainedConfig):
                 f"{self.model_type!r} needs 'towers', a list of two configs with their model_type"
             )
         first, second = (_config(tower) for tower in self.towers)
+        for option in OPTIONS:
+            if getattr(self, option, False):
+                setattr(first, option, True)
+                setattr(second, option, True)
         return first, second
 
 

@@ -48,7 +48,7 @@ class Layout:
     tile_tokens: tuple[int, ...]
     """Embeddings of each tile."""
     grid: tuple[int, ...]
-    """Rows and columns of tokens where they are one rectangle, else their number; ``prod(grid) == tokens``."""
+    """Rows and columns of tokens, or their number where they are no rectangle; ``prod(grid) == tokens``."""
     order: tuple[int, ...] | None
     """Which embedding stands at each place (``geometry.arrange``); None: one tile, in its own order."""
 
@@ -110,7 +110,9 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         if self.vision_config is not None:
             if isinstance(preparation, dict):
                 preparation = Preparation.from_dict(preparation)
-            self.preparation = preparation or encoder_of(self.vision_config).preparation_of(self.vision_config)
+            self.preparation = preparation or encoder_of(self.vision_config).preparation_of(
+                self.vision_config
+            )
             self.typical()
 
     def typical(self) -> Layout:
@@ -176,7 +178,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         max_tiles: int | None = None,
         fit_pixels: tuple[int, int] | None = None,
     ) -> PreparedImage:
-        """Read one picture; see :func:`load_image` for what is accepted and refused, :meth:`layout` for the rest.
+        """Read one picture; :func:`load_image` says what is accepted, :meth:`layout` the rest.
 
         Raises:
             ValueError: if it cannot be read, or the model has no tower.
@@ -201,7 +203,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         fit_pixels: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Pictures -> ``pixel_values``, and ``image_take`` where their order is not plain; see :func:`as_inputs`.
+        """Pictures -> ``pixel_values``, and ``image_take`` where needed; see :func:`as_inputs`.
 
         With marks the numbers of ``id`` begin at 0; texts of several rows are numbered by the processor.
         """

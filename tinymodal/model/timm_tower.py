@@ -47,15 +47,18 @@ class TimmConfig(PreTrainedConfig):
     """A model of timm, and what must be known of it without timm.
 
     Args:
-        architecture: timm's name, with or without the tag of its weights. model_args: further arguments of
-        ``timm.create_model``; ``dynamic_img_size`` is added where the model takes
-            it, so that it reads other sizes than its own.
-        final_norm: apply the model's last norm to every hidden state that is read. image_size: edge of the
-        pictures in pretraining, or (H, W). This and all below are looked up if left out. patch_size: pixels
-        from one position to the next. hidden_size: width of the last hidden state. num_hidden_layers:
-        blocks, or stages. num_prefix_tokens: class token and registers. sizes: what other sizes it reads:
-        ``fixed`` none, ``multiple`` those that the patch divides, ``floor`` any
-            (a rest is not seen), ``ceil`` any (a rest is filled up).
+        architecture: timm's name, with or without the tag of its weights.
+        model_args: further arguments of ``timm.create_model``; ``dynamic_img_size`` is added where the model
+            takes it, so that it reads other sizes than its own.
+        final_norm: apply the model's last norm to every hidden state that is read.
+        image_size: edge of the pictures in pretraining, or (H, W). This and all below are looked up if left
+            out.
+        patch_size: pixels from one position to the next.
+        hidden_size: width of the last hidden state.
+        num_hidden_layers: blocks, or stages.
+        num_prefix_tokens: class token and registers.
+        sizes: what other sizes it reads: ``fixed`` none, ``multiple`` those that the patch divides, ``floor``
+            any (a rest is not seen), ``ceil`` any (a rest is filled up).
         mean: per channel, of values in [0, 1].
         std: as ``mean``.
         resample: how pictures were resized.
@@ -144,6 +147,11 @@ class TimmTower(MediaEncoder):
         backbone.prune_intermediate_layers(indices, prune_norm=not config.final_norm, prune_head=True)
         if config.final_norm and isinstance(getattr(backbone, "norm", None), nn.Identity | None):
             raise ValueError(f"{config.architecture} has no norm behind its last block; take final_norm out")
+        for module in backbone.modules():
+            if hasattr(module, "qkv_bias_separate"):
+                # EVA reads the weights of its qkv layer without calling it, past any adapter. Called, it
+                # gives the same: x W + b.
+                module.qkv_bias_separate = True
         _check_buffers(backbone, config)
         return cls(config, backbone, layers, sum(shapes[layer - 1][0] for layer in layers), keep_class)
 
