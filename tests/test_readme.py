@@ -330,7 +330,7 @@ def briefly(command: str) -> str:
     if "tinymodal chat" in command:
         return f"{command} --max-new-tokens 4"
     words = shlex.split(command)
-    if words[:2] != ["tinymodal", "train"]:
+    if words[:2] != ["tinymodal", "train"] or "--tiny" in words:
         return command
     short = ["threads=1"]
     for i, stage in enumerate(load(ROOT / words[2], Recipe).stages):

@@ -64,7 +64,8 @@ def test_a_recipe_loads_strictly_and_is_called_as_its_file(path):
 def test_what_a_recipe_trains_on_is_there_or_can_be_made(path):
     pytest.importorskip("sklearn")
     from tinymodal.core.types import Sample
-    from tinymodal.data.synthetic import MADE, TARGET_HEADS
+    from tinymodal.data.scenes import TARGET_HEADS
+    from tinymodal.data.synthetic import MADE
 
     for stage in load(path, Recipe).stages:
         for source in stage.data:
@@ -137,3 +138,179 @@ def write_my_data(folder: Path) -> None:
     (folder / "my-data" / "images").mkdir()
     for name, colour in (("cat", "grey"), ("bus", "red")):
         Image.new("RGB", (120, 90), colour).save(folder / "my-data" / "images" / f"{name}.jpg")
+
+
+# Published systems
+
+PUBLISHED = sorted((ROOT / "recipes" / "published").glob("*.toml"))
+FAST = {
+    "base-siglip-phi2",
+    "base-siglip-openelm",
+    "base-mof-tinyllama",
+    "share-siglip-gemma",
+    "lora-siglip-stablelm2",
+    "qlora-siglip-qwen2.5-0.5b",
+    "llava1.6-clip-vicuna-7b",
+    "omnilmm-eva02-zephyr-7b",
+    "minicpmvlora-siglip-qwen2-7b",
+    "tinygptv-blip2-phi2",
+    "tinygptv448-blip2-phi2",
+}
+"""One of each kind; the others run in the slow ring."""
+RATES = {
+    "base": [{"connectors": 1e-3}, {"connectors": 2e-5, "language": 2e-5}],
+    "share": [
+        {"connectors": 1e-3},
+        {"vision": 2e-5, "connectors": 2e-5, "language": 2e-5},
+        {"connectors": 2e-5, "language": 2e-5},
+    ],
+    "lora": [{"connectors": 1e-3}, {"connectors": 2e-4, "adapters": 2e-4}],
+    "qlora": [{"connectors": 1e-3}, {"connectors": 2e-4, "adapters": 2e-4}],
+    "llava1.5": [{"connectors": 1e-3}, {"connectors": 2e-5, "language": 2e-5}],
+    "llava1.5lora": [{"connectors": 1e-3}, {"connectors": 2e-5, "adapters": 2e-4}],
+    "llava1.6": [{"connectors": 1e-3}, {"vision": 2e-6, "connectors": 2e-5, "language": 2e-5}],
+    "omnilmm": [{"connectors": 1e-3}, {"connectors": 2e-5, "language": 2e-5}],
+    "minicpmv": [{"connectors": 1e-3}, {"vision": 1e-6, "connectors": 1e-6}],
+    "minicpmvlora": [
+        {"connectors": 1e-3},
+        {"vision": 1e-6, "connectors": 1e-6, "embeddings": 1e-6, "adapters": 1e-6},
+    ],
+    "tinygptv": [
+        {"connectors": 1e-4, "language": 1e-4},
+        {"connectors": 1e-4, "language": 1e-4, "adapters": 1e-4},
+        {"connectors": 3e-5, "language": 3e-5, "adapters": 3e-5},
+    ],
+    "tinygptv448": [{"connectors": 1e-5, "language": 1e-5, "adapters": 1e-5}],
+}
+"""Published peak rates, stage by stage."""
+RANKS = {
+    "lora": (128, 256),
+    "qlora": (128, 256),
+    "llava1.5lora": (128, 256),
+    "minicpmvlora": (64, 64),
+    "tinygptv": (64, 16),
+    "tinygptv448": (64, 16),
+}
+"""Published rank and alpha."""
+
+
+def named(path: Path) -> list[str]:
+    """Recipe, vision and language of ``tinymodal-{recipe}-{vision}-{language}``."""
+    return path.stem.split("-", 3)[1:]
+
+
+def test_there_is_a_recipe_for_each_published_run():
+    kinds = {tuple(named(path)[::2]) for path in PUBLISHED}
+    languages = {named(path)[2] for path in PUBLISHED if named(path)[0] == "base"}
+    assert len(languages) == 9
+    assert {
+        (kind, language) for kind in ("base", "share", "lora", "qlora") for language in languages
+    } <= kinds
+    assert {kind for kind, _ in kinds} == set(RATES)
+    assert {path.stem.removeprefix("tinymodal-") for path in PUBLISHED} >= FAST
+    assert ("llava1.5", "vicuna-13b") in kinds
+    assert ("llava1.5lora", "vicuna-7b") in kinds
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_a_published_recipe_is_called_by_the_rule_and_says_what_it_is(path):
+    recipe, text = load(path, Recipe), path.read_text()
+    _, vision, language = named(path)
+    assert recipe.name == path.stem
+    assert f"#   tinymodal train recipes/published/{path.name}\n" in text
+    assert re.search(r"^# Data: ", text, re.M)
+    assert re.search(r"^# .*Published: ", text, re.M)
+    lines = text.splitlines()
+    assert len(lines) <= 90, "it is read on one screen"
+    assert max(map(len, lines)) <= 132
+
+    def plain(words: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", words.lower())
+
+    assert plain(language) in plain(recipe.model.language.path)
+    tower = recipe.model.vision.path
+    assert (len(tower) == 2) if vision == "mof" else vision in tower
+    assert recipe.precision == "bfloat16"
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_steps_and_batch_follow_from_the_published_samples(path):
+    """As their comments have it: ``558,128 captions / 256 a step``; ``256 x 749 tokens, rows 73 % full``."""
+    from tinymodal.compose.shrink import picture_tokens
+
+    recipe, text = load(path, Recipe), path.read_text()
+    steps = re.findall(r"^steps = \S+ +# ([\d,]+) \w+ / (\d+) a step", text, re.M)
+    batches = re.findall(r"^batch_tokens = \S+ +# (\d+) x ([\d,]+) tokens, rows (\d+) % full$", text, re.M)
+    assert len(steps) == len(batches) == len(recipe.stages)
+    picture = picture_tokens(recipe.model.vision)
+    for stage, (samples, per_step), (batch, mean, full) in zip(recipe.stages, steps, batches, strict=True):
+        assert stage.steps == -(-int(samples.replace(",", "")) // int(per_step))
+        assert batch == per_step
+        mean_tokens = int(mean.replace(",", ""))
+        assert picture < mean_tokens < stage.seq_len
+        held = stage.batch_tokens * int(full) / 100 / mean_tokens
+        assert held == pytest.approx(int(batch), rel=0.05), "samples that a step holds"
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_a_published_recipe_has_the_published_rates(path):
+    recipe, kind = load(path, Recipe), named(path)[0]
+    assert [stage.train for stage in recipe.stages] == RATES[kind]
+    adapted = [(s.lora.rank, s.lora.alpha) for s in recipe.stages if s.lora is not None]
+    assert set(adapted) == ({RANKS[kind]} if kind in RANKS else set())
+    assert {stage.bits for stage in recipe.stages if stage.lora} <= {8 if kind == "qlora" else None}
+    for stage in recipe.stages:
+        assert stage.floor < 1, "no rate rises to its end"
+        if "vision" in stage.train and kind == "share":
+            assert stage.only == {"vision": "from layer 12"}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_a_published_recipe_resolves_at_toy_size(path, tmp_path):
+    """Names, template, context and sizes fit together; nothing is composed yet."""
+    from tinymodal.train.shrink import shrink_recipe
+
+    small, toy = shrink_recipe(load(path, Recipe), tmp_path, path.parent)
+    assert small.model.vision.connector == load(path, Recipe).model.vision.connector
+    assert toy.edge_px
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            p, id=p.stem, marks=[] if p.stem.removeprefix("tinymodal-") in FAST else pytest.mark.slow
+        )
+        for p in PUBLISHED
+    ],
+)
+def test_a_published_recipe_composes_and_takes_two_steps_a_stage(path, tmp_path):
+    from tinymodal.compose.build import parameter_report
+    from tinymodal.train.loop import run
+    from tinymodal.train.shrink import shrink_recipe
+
+    recipe = load(path, Recipe)
+    if any(stage.bits for stage in recipe.stages):
+        pytest.importorskip("bitsandbytes", reason="bits need it")
+    if any(stage.lora for stage in recipe.stages):
+        pytest.importorskip("peft", reason="adapters need it")
+    if named(path)[1] == "eva02":
+        pytest.importorskip("timm", reason="the tower is timm's")
+    small, _ = shrink_recipe(recipe, tmp_path / "toy", path.parent)
+    # 0.9 to 2 s of one core, of which the steps take a third.
+    composed = run(small, tmp_path / "run", progress=False)
+    assert all(part.parameters < 1_000_000 for part in parameter_report(composed.model))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * len(recipe.stages)
+    assert not (tmp_path / "run" / "skipped.jsonl").exists(), "every made sample fits into a row"
+
+
+def test_the_page_of_published_recipes_says_what_they_say():
+    """``python docs/fill_published.py`` writes it."""
+    from .test_readme import script
+
+    pages = script("fill_published")
+    text = pages.page()
+    assert pages.PAGE.read_text() == text, "stale; run python docs/fill_published.py"
+    for path in PUBLISHED:
+        assert f"(../recipes/published/{path.name})" in text

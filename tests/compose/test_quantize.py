@@ -88,3 +88,16 @@ def test_a_model_without_linear_layers_is_refused():
     gpt2 = tiny_model(language="gpt2").model.model.language_model
     with pytest.raises(RecipeError, match="bits = 8: GPT2Model has no linear layer to store so"):
         quantize(gpt2, 8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bias_keeps_its_float32_under_autocast(bits):
+    """bitsandbytes rounds it to the inputs' type and leaves it so; a merged model would be saved so."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 48))
+    bias = layers[0].bias.detach().clone()
+    quantize(layers, bits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layers(torch.randn(5, 64, dtype=torch.bfloat16))
+    assert layers[0].bias.dtype == torch.float32
+    assert torch.equal(layers[0].bias, bias)

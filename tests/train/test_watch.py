@@ -194,3 +194,10 @@ def test_a_run_stops_at_a_stages_end_where_a_frozen_part_moved_later(recipe, tmp
     with pytest.raises(RecipeError, match=r"stages\.only: at the end, of 56 tensors 1 moved"):
         run(recipe(train={"connectors": 1e-3}), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_steps_of_one_size_up_and_down_do_not_cancel_in_the_checksum():
+    """AdamW's first steps have the size of the rate; a norm's numbers lie close together."""
+    before = torch.full((8,), 1.5)
+    after = before + 2**-12 * torch.tensor([1.0, -1.0] * 4)
+    assert checksums({"norm": before}) != checksums({"norm": after})

@@ -26,6 +26,7 @@ from tinymodal.chat.encode import Encoder
 from tinymodal.chat.template import TEMPLATES, ChatTemplate, TokenizerTemplate, known_as, template_for
 from tinymodal.compose.pretrained import fetch as fetch
 from tinymodal.compose.pretrained import (
+    load_connector,
     load_tower,
     one_line,
     read_json,
@@ -160,6 +161,8 @@ def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
         model.generation_config = language.generation_config
     if tower_folder is not None:
         load_tower(model.model.towers["image"], tower_folder, "model.vision.path")
+    if spec.vision is not None and spec.vision.connector_path is not None:
+        load_connector(model, spec.vision.connector_path, "model.vision.connector_path")
     return assemble(model, tokenizer, preparation, spec.language.template)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from tinymodal.core.errors import CheckpointError, TinyModalError
@@ -394,6 +394,45 @@ def read_weights(folder: Path, where: str) -> dict[str, Tensor]:
             weights |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
         return weights
     raise CheckpointError(f"{where}: has neither model.safetensors nor pytorch_model.bin")
+
+
+@torch.no_grad()
+def load_connector(model: nn.Module, name: str, key: str) -> None:
+    """Let connector and marks begin with those of another composed model.
+
+    What the other one lacks stays new, as the second projection of TinyGPT-V does over MiniGPT-4's Q-Former.
+
+    Args:
+        model: a composed one; changed in place.
+        name: folder or Hub name of the other one, or the folder of its run.
+        key: the recipe key that holds it, for the error.
+
+    Raises:
+        CheckpointError: it is no composed model, has no connector, or one with a weight that ours does not
+            have, or has in another shape.
+    """
+    folder = fetch(name, key)
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    where = f"{key}: {folder}"
+    kind = read_json(folder / "config.json", where).get("model_type")
+    if kind != TinyModalConfig.model_type:
+        raise CheckpointError(f"{where}: holds a model of type {kind!r}, not a composed one with a connector")
+    with one_line(where, CheckpointError):
+        weights = read_weights(folder, where)
+    own = model.state_dict()
+    found = {n: w for n, w in weights.items() if n.startswith(("model.connectors.", "model.marks."))}
+    if not found:
+        raise CheckpointError(f"{where}: has no connector")
+    for weight, tensor in found.items():
+        if weight not in own:
+            raise CheckpointError(f"{where}: {weight} is not in this model's connector; name the same one")
+        if own[weight].shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {weight} is {tuple(tensor.shape)}, expected {tuple(own[weight].shape)}; name a "
+                f"model with the same connector, options, tower and width"
+            )
+        own[weight].copy_(tensor)
 
 
 def refuse_missing(info: Mapping[str, Any], where: str, wanted: Mapping[str, Any] | None = None) -> None:

@@ -95,6 +95,15 @@ def num_weights(parameter: Tensor) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
+def _lend_bias(layer: Any, inputs: Any) -> None:
+    """Keep a bias from bitsandbytes, which rounds it to the inputs' data type and leaves it so."""
+    layer.__dict__["own_bias"] = layer.bias.data
+
+
+def _take_back_bias(layer: Any, inputs: Any, output: Any) -> None:
+    layer.bias.data = layer.__dict__.pop("own_bias")
+
+
 def _linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     for parent in module.modules():
         for name, child in parent.named_children():
@@ -122,5 +131,7 @@ def _rounded(layer: nn.Linear, bits: int, device: torch.device, compute: torch.d
         made.weight = bnb.Int8Params(weight, requires_grad=False, **how).to(device)
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+        made.register_forward_pre_hook(_lend_bias)
+        made.register_forward_hook(_take_back_bias, always_call=True)  # recomputing stops halfway
     quantized: nn.Module = made.train(layer.training)
     return quantized

@@ -56,6 +56,8 @@ class VisionSpec(Value):
     """Its name: ``linear``, ``mlp``, ``pixel_shuffle``, ``perceiver`` and others, see docs/connectors.md."""
     options: dict[str, bool | int | float | str] = {}
     """The connector's own options, e.g. ``{ ratio = 2 }``."""
+    connector_path: str | None = None
+    """Folder of a composed model: connector and marks begin with its own; what it lacks begins new."""
     marks: tuple[str, ...] = ()
     """Learned embeddings around and between a picture's tokens: ``start``, ``end``, ``newline`` (closes a
     row), ``tile_start``, ``tile_end``, ``tile_newline`` and ``id``. They train with the connectors."""

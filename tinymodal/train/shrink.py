@@ -1,0 +1,166 @@
+"""A recipe at toy size, to see that it runs: ``--tiny``.
+
+Parts are shrunk by ``compose/shrink.py``. Stages keep what they train, their rates and schedules, adapters,
+bits, templates and mixtures; they take two steps on made pictures with conversations. Nothing is learned.
+What the real run would refuse before its first step (parts that do not fit, a group without parameters, rows
+longer than the language model's context, a template that does not suit) is refused here as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinymodal.chat.encode import Encoder
+from tinymodal.compose.build import add_tokens
+from tinymodal.compose.pretrained import read_tokenizer
+from tinymodal.compose.shrink import Toy, image_processor, scaled, shrink, template_of
+from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
+from tinymodal.core.config import load
+from tinymodal.core.errors import RecipeError
+from tinymodal.data.sources import open_source
+from tinymodal.model.processing_tinymodal import TinyModalImageProcessor, TinyModalProcessor
+from tinymodal.train.recipe import Lora, Recipe, Source, Stage, read_choice
+
+STEPS = 2
+"""Of each stage."""
+RANK = 8
+"""Of adapters, at most."""
+ROWS = 2
+"""Of a batch."""
+SHAPES = ((1, 1), (1, 2), (2, 1), (3, 3), (1, 3), (2, 2))
+"""Heights and widths of the made pictures, in tiles: with these every strategy cuts some of them."""
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+
+
+def shrink_recipe(recipe: Recipe, folder: Path, beside: Path | None = None) -> tuple[Recipe, Toy]:
+    """The same recipe at toy size.
+
+    Args:
+        recipe: of any size.
+        folder: where its toy tokenizer and data are written; parts that it saves go there, too.
+        beside: the recipe's own folder. A part that another recipe in it makes is made as that one says.
+
+    Returns:
+        A recipe that trains in seconds, and what stands for what.
+
+    Raises:
+        RecipeError: nobody here knows a part, or the real run would be refused.
+        CheckpointError: a folder holds something else than its key says.
+    """
+    templates = [stage.template for stage in recipe.stages if stage.template is not None]
+    toy = shrink(recipe.model, folder, templates, lambda name: _made(name, beside, recipe.name))
+    _write_data(folder, toy.edge_px)
+    encoder = _encoder(toy)
+    stages = tuple(_stage(stage, toy, folder, encoder) for stage in recipe.stages)
+    changes: dict[str, Any] = {
+        "name": f"{recipe.name}-tiny",
+        "model": toy.spec,
+        "stages": stages,
+        "save_every": 0,
+        "parts": {part: str(folder / "parts" / part) for part in recipe.parts},
+    }
+    return Recipe.model_validate(recipe.model_copy(update=changes).model_dump()), toy
+
+
+def _made(name: str, beside: Path | None, own: str) -> LanguageSpec | VisionSpec | ModelSpec | None:
+    """The part or model that a recipe of a folder will put into ``name``."""
+    for file in [] if beside is None else sorted(beside.glob("*.toml")):
+        try:
+            recipe = load(file, Recipe)
+        except RecipeError:
+            continue
+        if recipe.name == own:
+            continue
+        if name in (f"runs/{recipe.name}", f"runs/{recipe.name}/model"):
+            return recipe.model
+        for part, where in recipe.parts.items():
+            if where == name:
+                return recipe.model.vision if part == "vision" else recipe.model.language
+    return None
+
+
+def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
+    if toy.positions is not None and stage.seq_len > toy.positions:
+        raise RecipeError(
+            f"stages.{stage.name}.seq_len is {stage.seq_len}, but the language model reads at most "
+            f"{toy.positions} positions; take {toy.positions} or less."
+        )
+    if "cells" in stage.loss:
+        raise RecipeError(
+            f"stages.{stage.name}: --tiny makes no data for the cells loss; its data is made anyway, so take "
+            f"few steps: stages.{stage.name}.steps=2"
+        )
+    template = template_of(stage.template) if stage.template else encoder.template
+    captions = bool(getattr(template, "captions_only", False))
+    file, form = (folder / "captions.jsonl", "caption") if captions else (folder / "chats.jsonl", "messages")
+    rows = open_source(str(file), form)
+    own = encoder.using(template=stage.template, train_on=stage.train_on)
+    encoded = [own(rows.sample(i)) for i in range(len(SHAPES))]
+    seq_len = -(-max(len(sample.ids) for sample in encoded) // 8) * 8
+    changes: dict[str, Any] = {
+        "steps": STEPS,
+        "seq_len": seq_len,
+        "batch_tokens": ROWS * seq_len,
+        "micro_batch_tokens": None if stage.micro_batch_tokens is None else seq_len,
+        "patches": stage.patches and ROWS * max(sample.num_patches for sample in encoded),
+        "workers": 0,
+        "lora": _lora(stage.lora),
+        "only": {group: _choice(text, toy.blocks[group]) for group, text in stage.only.items()},
+        "data": tuple(Source(path=str(file), format=form, weight=source.weight) for source in stage.data),
+    }
+    return stage.model_copy(update=changes)
+
+
+def _lora(lora: Lora | None) -> Lora | None:
+    """Adapters that count as much as the real ones, with a smaller rank."""
+    if lora is None or lora.rank <= RANK:
+        return lora
+    alpha = None if lora.alpha is None else max(1, round(lora.alpha * RANK / lora.rank))
+    return lora.model_copy(update={"rank": RANK, "alpha": alpha})
+
+
+def _choice(text: str, blocks: tuple[int, int]) -> str:
+    """``from layer K`` with K in proportion."""
+    layer = read_choice(text).layer
+    real, toy = blocks
+    if layer is None:
+        return text
+    if layer >= real:
+        raise RecipeError(f"'{text}', but the part runs {real} blocks, 0 to {real - 1}")
+    return f"from layer {min(scaled(layer, real, toy), toy - 1)}"
+
+
+def _encoder(toy: Toy) -> Encoder:
+    """What reads the made samples, without the model."""
+    language = toy.spec.language
+    assert language is not None
+    tokenizer = read_tokenizer(str(language.tokenizer), "model.language.tokenizer")
+    add_tokens(tokenizer, language.template)
+    eye = TinyModalImageProcessor() if toy.spec.vision is None else image_processor(toy.spec.vision)
+    return Encoder(TinyModalProcessor(eye, tokenizer), language.template)
+
+
+# Data
+
+
+def _write_data(folder: Path, edge_px: int) -> None:
+    """Pictures of one colour each in several shapes, captions of them, and conversations about them."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    captions, chats = [], []
+    for i, ((rows, columns), colour) in enumerate(zip(SHAPES, COLOURS, strict=True)):
+        name = f"{colour}.png"
+        if edge_px:
+            Image.new("RGB", (columns * edge_px, rows * edge_px), colour).save(folder / name)
+        captions.append({"image": name, "caption": f"a {colour} picture"})
+        looks: list[Mapping[str, str]] = [{"type": "image", "path": name}] if edge_px and i else []
+        asked = [*looks, {"type": "text", "text": "What colour is it?" if looks else "Is white a colour?"}]
+        turns = [("user", asked), ("assistant", colour if looks else "yes")]
+        turns += [("user", "Is it large?"), ("assistant", "no")] if i % 2 else []
+        chats.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    for name, lines in (("captions.jsonl", captions), ("chats.jsonl", chats)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
