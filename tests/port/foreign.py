@@ -15,6 +15,10 @@ from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
@@ -189,3 +193,24 @@ def compared(out: Path, restated: Restated) -> Parity:
     parity = judge(ours, theirs, restated.name)
     assert max(row.pixels for row in parity.rows) < 1e-5, parity.rows
     return parity
+
+
+def a_gemma(tokenizer: Any, seed: int = 2, second: bool = False) -> Any:
+    values = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None}
+    config, causal = (Gemma2Config, Gemma2ForCausalLM) if second else (GemmaConfig, GemmaForCausalLM)
+    return numbers(causal(config(**values, vocab_size=len(tokenizer))), seed)
+
+
+class OldGemma:
+    """Gemma as transformers had it before 5.4: whatever embeddings come in are multiplied by sqrt(width)."""
+
+    def __init__(self, today: Any) -> None:
+        self.today = today
+        words = today.get_input_embeddings().weight
+        self.words = nn.Embedding.from_pretrained(words.detach())
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.words
+
+    def __call__(self, inputs_embeds: torch.Tensor) -> Any:
+        return self.today(inputs_embeds=inputs_embeds * WIDTH**0.5)

@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tinymodal.chat.encode import Encoder
-from tinymodal.chat.template import TEMPLATES, TokenizerTemplate
-from tinymodal.compose.build import CONTRADICTIONS, IMAGE_TOKEN, Composed, add_tokens, load, save
+from tinymodal.chat.template import TEMPLATES, TokenizerTemplate, known_as
+from tinymodal.compose.build import CONTRADICTIONS, IMAGE_TOKEN, Composed, add_tokens, assemble, load, save
 from tinymodal.compose.pretrained import one_line, read_json
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.model.configuration_tinymodal import TinyModalConfig
 from tinymodal.model.modeling_tinymodal import TinyModalForConditionalGeneration
-from tinymodal.model.processing_tinymodal import TinyModalProcessor
 from tinymodal.port import hf_llava, llava, omnilmm, tinygptv, tinyllava
 from tinymodal.port.ledger import Fate, Placement, num_words, place
 from tinymodal.port.parity import Parity, cases, differing, judge, record, written
@@ -85,6 +83,8 @@ class Report:
     """Tensors of ours, or rows of them, that the source does not have."""
     arrived: int
     """Weights of ours that were read back bit for bit."""
+    scaled: dict[str, float] = field(default_factory=dict)
+    """Those of ours that are the source's times a factor, in float32."""
     notes: list[str] = field(default_factory=list)
     parity: Parity | None = None
     """None: no class of the family to compare with, or it was not asked for."""
@@ -102,6 +102,7 @@ class Report:
             "template": self.template,
             "notes": self.notes,
             "arrived_bit_for_bit": self.arrived,
+            "scaled": self.scaled,
             "made": self.made,
             "dropped": dict(self.dropped),
             "parity": None if self.parity is None else self.parity.to_dict(),
@@ -127,8 +128,10 @@ def adopt(checkpoint: Path, out: Path, extras: Extras | None = None, *, forward:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; name a new folder")
     source = recognise(checkpoint, extras)
-    composed, placement = assemble(source)
-    staged = out.with_name(f".{out.name}.adopting")
+    composed, placement = composition(source)
+    # The folder itself, also where OUT is '.' or a link to it: it is replaced, and needs a name.
+    target = out.resolve()
+    staged = target.with_name(f".{target.name}.adopting")
     try:
         save(composed, staged)
         _check_written(staged, placement.weights, out)
@@ -140,15 +143,16 @@ def adopt(checkpoint: Path, out: Path, extras: Extras | None = None, *, forward:
             fates=placement.fates,
             made=placement.made,
             arrived=len(placement.weights),
+            scaled=placement.scaled,
             notes=source.notes,
         )
         if forward and source.reference is not None:
             report.parity = _parity(source, composed, staged)
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         (staged / REPORT).write_text(text + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        staged.rename(out)
+        if target.exists():
+            target.rmdir()
+        staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return report
@@ -186,7 +190,7 @@ def recognise(checkpoint: Path, extras: Extras) -> Source:
     )
 
 
-def assemble(source: Source) -> tuple[Composed, Placement]:
+def composition(source: Source) -> tuple[Composed, Placement]:
     """The composition that a source describes, holding the source's tensors.
 
     Raises:
@@ -211,6 +215,7 @@ def assemble(source: Source) -> tuple[Composed, Placement]:
     vision = copy.deepcopy(source.vision)
     if source.drop_first:
         vision.drop_first = True
+    name = known_as(source.template)
     image_token_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     with one_line(source.family, CheckpointError, CONTRADICTIONS):
         config = TinyModalConfig(
@@ -228,7 +233,7 @@ def assemble(source: Source) -> tuple[Composed, Placement]:
             keep_class=source.keep_class,
             image_token_id=image_token_id,
             # A template of your own travels as the tokenizer's Jinja: its file does not travel.
-            chat_template=source.template if source.template in TEMPLATES else TokenizerTemplate.name,
+            chat_template=name if name in TEMPLATES else TokenizerTemplate.name,
         )
         # No numbers yet: only names and shapes are asked for, and then every weight is the source's.
         with torch.device("meta"):
@@ -236,13 +241,11 @@ def assemble(source: Source) -> tuple[Composed, Placement]:
         placement = place(model, source)
         model.load_state_dict(placement.weights, strict=False, assign=True)
         model.tie_weights()
-        processor = TinyModalProcessor.of(config, tokenizer, source.preparation)
-        encoder = Encoder(processor, source.template)
-    # ``generate`` of transformers ends where our own engine does.
-    model.generation_config.eos_token_id = list(encoder.stop_ids)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    return Composed(model.eval(), encoder), placement
+        try:
+            composed = assemble(model, tokenizer, source.preparation, source.template)
+        except RecipeError as fault:  # there is no recipe here
+            raise CheckpointError(f"{source.family}: {fault}") from fault
+    return composed, placement
 
 
 def _check_written(staged: Path, weights: Mapping[str, Tensor], out: Path) -> None:

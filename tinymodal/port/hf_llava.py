@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
@@ -26,7 +27,17 @@ from tinymodal.model.encoders import encoder_of, tower_config
 from tinymodal.model.image import Preparation
 from tinymodal.model.language import causal_class
 from tinymodal.port.parity import Case, greedy
-from tinymodal.port.source import RESAMPLE, Extras, Place, Source, in_tower, pieces_of, tokenizer_of
+from tinymodal.port.source import (
+    RESAMPLE,
+    Extras,
+    Place,
+    Source,
+    in_tower,
+    normalised,
+    old_scale,
+    pieces_of,
+    tokenizer_of,
+)
 from tinymodal.port.weights import read_folder
 
 NAMES = {"llava": "HF Llava", "llava_next": "HF LlavaNext"}
@@ -35,6 +46,8 @@ NAMES = {"llava": "HF Llava", "llava_next": "HF LlavaNext"}
 TOWER = re.compile(r"(model\.)?vision_tower\.(?P<rest>.+)")
 PROJECTOR = re.compile(r"(model\.)?multi_modal_projector\.linear_(?P<layer>[12])\.(?P<rest>weight|bias)")
 NEWLINE = re.compile(r"(model\.)?image_newline")
+SCALES_WORDS_ALONE = Version("5.4.0.dev0")
+"""From here on Gemma 1 and 2 multiply only words' embeddings by sqrt(width), see ``source.old_scale``."""
 
 
 def recognise(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -69,6 +82,13 @@ def read(folder: Path, config: Mapping[str, Any], extras: Extras) -> Source:
             return "language", name.removeprefix("language_model.")
         return None
 
+    # A checkpoint computes what it was trained to with the version that wrote it.
+    old = Version(str(config.get("transformers_version") or "4")) < SCALES_WORDS_ALONE
+    times = old_scale(words) if old else 1.0
+    pieces = pieces_of(read_folder(folder), where, family)
+    if not whole.tie_word_embeddings and any(piece.to.startswith("lm_head.") for piece in pieces):
+        # LlavaNext asks its own config alone, and has a head of its own over a Gemma that ties it.
+        words.tie_word_embeddings = False
     layer = whole.vision_feature_layer
     full = whole.vision_feature_select_strategy == "full"
     leading = encoder_of(vision).leading_tokens(vision)
@@ -87,11 +107,12 @@ def read(folder: Path, config: Mapping[str, Any], extras: Extras) -> Source:
         preparation=_preparation(folder, vision, whole, family),
         tokenizer=tokenizer,
         template=extras.template or _template(words.model_type, tokenizer),
-        pieces=pieces_of(read_folder(folder), where, family),
+        pieces=pieces,
         zeros=()
         if whole.multimodal_projector_bias
         else (("connector", "proj.0.bias"), ("connector", "proj.2.bias")),
-        reference=lambda: HFReference(folder),
+        times=times,
+        reference=lambda: HFReference(folder, times),
     )
     return source
 
@@ -116,8 +137,7 @@ def _said(folder: Path) -> dict[str, Any]:
 def _preparation(folder: Path, vision: Any, whole: Any, family: str) -> Preparation:
     said = _said(folder)
     how = encoder_of(vision).preparation_of(vision)
-    if said.get("do_normalize", True) and "image_mean" in said:
-        how = replace(how, mean=tuple(said["image_mean"]), std=tuple(said["image_std"]))
+    how = normalised(how, said)
     how = replace(how, resample=RESAMPLE.get(said.get("resample", 0), how.resample))
     size, crop = said.get("size") or {}, said.get("crop_size") or {}
     if isinstance(size, int):
@@ -141,11 +161,16 @@ def _preparation(folder: Path, vision: Any, whole: Any, family: str) -> Preparat
 
 
 class HFReference:
-    """transformers' own class and processor of a folder, in float32; see ``port.parity.Reference``."""
+    """transformers' own class and processor of a folder, in float32; see ``port.parity.Reference``.
+
+    Args:
+        folder: the checkpoint.
+        times: what older versions multiplied pictures' embeddings by; done here as they did.
+    """
 
     name = "transformers"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, times: float = 1.0) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -154,6 +179,12 @@ class HFReference:
         self.model, info = loaded
         refuse_missing(info, str(folder))
         self.model.eval()
+        if times != 1:
+            self.name = f"transformers (pictures' embeddings times {times:.6g}, as before 5.4)"
+            inside = self.model.model
+            inside.multi_modal_projector.register_forward_hook(lambda module, given, out: out * times)
+            if hasattr(inside, "image_newline"):
+                inside.image_newline.data.mul_(times)
         self.processor: Any = None
         if _said(folder):
             self.processor = AutoProcessor.from_pretrained(folder)

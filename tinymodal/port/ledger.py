@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +60,8 @@ class Placement:
 
     weights: dict[str, Tensor]
     fates: list[Fate]
+    scaled: dict[str, float] = field(default_factory=dict)
+    """Names of ours whose numbers are the source's times a factor, computed and kept in float32."""
     made: dict[str, str] = field(default_factory=dict)
     """Names of ours with what was made for them: rows of new words, marks, zero biases."""
 
@@ -128,7 +130,8 @@ def place(model: TinyModalForConditionalGeneration, source: Source) -> Placement
         if piece.part == "marks":
             marks[piece.to] = piece
             to = f"model.marks.image.weight ({piece.to})"
-            placement.fates.append(Fate(piece.file, piece.name, shape, to, piece.reason))
+            reason = " ".join(filter(None, (piece.reason, _times(source))))
+            placement.fates.append(Fate(piece.file, piece.name, shape, to, reason))
             continue
         ours = (
             names.ours(piece.to) if piece.part == "language" else spelt(prefix[piece.part] + piece.to, wanted)
@@ -144,6 +147,7 @@ def place(model: TinyModalForConditionalGeneration, source: Source) -> Placement
             placement.fates[taken[ours]] = Fate(
                 before.file, before.name, before.shape, "", f"replaced by {piece.file}"
             )
+            placement.made.pop(ours, None)
         tensor = piece.tensor
         grows = ours in (words, "lm_head.weight", "lm_head.bias") and shape[0] < wanted[ours][0]
         if grows and shape[1:] == wanted[ours][1:]:
@@ -159,6 +163,7 @@ def place(model: TinyModalForConditionalGeneration, source: Source) -> Placement
         placement.fates.append(Fate(piece.file, piece.name, shape, ours, piece.reason))
         placement.weights[ours] = tensor
     _make_marks(source, placement, marks, words, wanted)
+    _scale(source, placement, prefix["connector"], taken)
     _make_zeros(source, placement, prefix, wanted)
     missing = sorted(set(wanted) - set(placement.weights) - {tied})
     if missing:
@@ -238,7 +243,9 @@ def _make_marks(
                     f"the tokenizer has no token '{word}'; name the right one with --tokenizer FOLDER"
                 )
             row = placement.weights[words][number : number + 1]
-            placement.made[f"model.marks.image.weight ({mark})"] = f"the embedding of '{word}'"
+            placement.made[f"model.marks.image.weight ({mark})"] = (
+                f"the embedding of '{word}' {_times(source)}".rstrip()
+            )
         else:
             raise CheckpointError(f"{source.family}: the mark '{mark}' is missing from the checkpoint")
         if row.shape[1] != wanted["model.marks.image.weight"][1]:
@@ -247,7 +254,62 @@ def _make_marks(
                 f"{wanted['model.marks.image.weight'][1]}"
             )
         rows.append(row)
-    placement.weights["model.marks.image.weight"] = torch.cat(rows)
+    table = torch.cat(rows)
+    if source.times != 1:
+        table = table.float() * source.times
+        placement.scaled["model.marks.image.weight"] = source.times
+    placement.weights["model.marks.image.weight"] = table
+
+
+def _times(source: Source) -> str:
+    return f"times {source.times:.6g}" if source.times != 1 else ""
+
+
+def last_layers(connector: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the layers whose weight and bias make up a connector's output, all of it linear in them.
+
+    Empty where there is no such layer.
+    """
+    last = 2 * (options.get("depth", 2) - 1)
+    layers = {
+        "linear": ("proj",),
+        "mlp": (f"proj.{last}",),
+        "interleave": (f"proj.0.{last}", f"proj.1.{last}"),
+        "qformer": ("proj.1" if options.get("middle") else "proj.0",),
+        "perceiver": ("proj" if options.get("width") else "norm",),
+    }
+    return layers.get(connector, ())
+
+
+def _scale(source: Source, placement: Placement, prefix: str, taken: Mapping[str, int]) -> None:
+    """Put the factor of the pictures' embeddings into the connector's last layer.
+
+    In float32, and kept so: a 16-bit weight times a factor that is no power of two would be rounded.
+
+    Raises:
+        CheckpointError: the connector has no such layer.
+    """
+    if source.times == 1:
+        return
+    layers = last_layers(source.connector, source.options)
+    if not layers:
+        raise CheckpointError(
+            f"{source.family}: was trained where pictures' embeddings were multiplied by {source.times:.6g}, "
+            f"and the connector '{source.connector}' has no last layer that could hold this factor"
+        )
+    for ours in (f"{prefix}{layer}.{kind}" for layer in layers for kind in ("weight", "bias")):
+        if ours not in taken:  # missing, which is said later, or a bias that is zero
+            continue
+        placement.weights[ours] = placement.weights[ours].float() * source.times
+        placement.scaled[ours] = source.times
+        fate = placement.fates[taken[ours]]
+        reason = " ".join(filter(None, (fate.reason, _times(source))))
+        placement.fates[taken[ours]] = replace(fate, reason=reason)
+    source.notes.append(
+        f"the connector's last layer{' and the marks are' if source.marks else ' is'} the source's "
+        f"times {source.times:.6g}: before version 5.4 transformers' {source.language.model_type} multiplied "
+        "pictures' embeddings by sqrt(width) as it does words', and does not any more"
+    )
 
 
 def _make_zeros(

@@ -24,6 +24,7 @@ from tinymodal.port.source import (
     flat_language,
     in_tower,
     merged,
+    old_scale,
     pieces_of,
     preparation_of,
     required,
@@ -44,9 +45,10 @@ LANGUAGES = {
     "Phi": "phi",
     "Stable": "stablelm",
     "Qwen2": "qwen2",
+    "Gemma2": "gemma2",
     "Gemma": "gemma",
 }
-"""What the name of the class in ``architectures`` says of the language model."""
+"""What the name of the class in ``architectures`` says of the language model; the first that it holds."""
 
 STABLELM_KEYS = {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"}
 """StableLM's keys before transformers had a class for it -> transformers'."""
@@ -199,6 +201,8 @@ def _source(
         tokenizer=tokenizer_of(extras, known),
         template=extras.template or template(config, words, folder),
         pieces=pieces,
+        # It ran with transformers 4 alone.
+        times=old_scale(words),
     )
     if family.endswith("whole") and (folder / "mm_projector.bin").is_file():
         source.notes.append("mm_projector.bin lies in the folder too; the model's own projector was read")

@@ -6,6 +6,7 @@ proj.0.bias". ``port.ledger`` knows where our parts lie and checks that all of i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -124,6 +125,8 @@ class Source:
     drop_first: bool = False
     mark_words: Mapping[str, str] = field(default_factory=dict)
     """Marks that are embeddings of words: ``{"start": "<im_start>"}``."""
+    times: float = 1.0
+    """What pictures' embeddings, and marks, were multiplied by in front of the decoder and are not now."""
     zeros: tuple[tuple[Part, str], ...] = ()
     """Biases that the source does not have and ours do: filled with zeros."""
     reference: Callable[[], Reference] | None = None
@@ -319,6 +322,16 @@ def tokenizer_of(extras: Extras, folders: Sequence[Path]) -> PreTrainedTokenizer
     )
 
 
+SCALED_ALL = ("gemma", "gemma2")
+"""Language models whose decoder multiplied all embeddings it was given by sqrt(width), pictures' among them,
+before transformers 5.4; since then only words are (``models/gemma/modeling_gemma.py``)."""
+
+
+def old_scale(words: PreTrainedConfig) -> float:
+    """What transformers before 5.4 multiplied a picture's embeddings by and later versions do not."""
+    return math.sqrt(words.hidden_size) if words.model_type in SCALED_ALL else 1.0
+
+
 def flat_language(config: Mapping[str, Any], model_type: str) -> PreTrainedConfig:
     """A language model's config out of one that holds keys of a whole system beside its own."""
     default = language_config({"model_type": model_type})
@@ -340,8 +353,16 @@ def preparation_of(
         if folder is None or not (folder / "preprocessor_config.json").is_file():
             continue
         said = read_json(folder / "preprocessor_config.json", str(folder))
-        if said.get("do_normalize", True) and "image_mean" in said and "image_std" in said:
-            how = replace(how, mean=tuple(said["image_mean"]), std=tuple(said["image_std"]))
+        how = normalised(how, said)
         how = replace(how, resample=RESAMPLE.get(said.get("resample", 0), how.resample))
         break
     return replace(how, resize=resize, **given)
+
+
+def normalised(how: Preparation, said: Mapping[str, Any]) -> Preparation:
+    """``how`` with the mean and the standard deviation that a ``preprocessor_config.json`` says."""
+    if not said.get("do_normalize", True):
+        return replace(how, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    if "image_mean" in said and "image_std" in said:
+        return replace(how, mean=tuple(said["image_mean"]), std=tuple(said["image_std"]))
+    return how

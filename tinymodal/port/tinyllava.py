@@ -24,6 +24,7 @@ from tinymodal.port.source import (
     in_qformer,
     in_tower,
     merged,
+    old_scale,
     pieces_of,
     preparation_of,
     qformer_sizes,
@@ -106,6 +107,8 @@ def read(folder: Path, config: Mapping[str, Any], extras: Extras) -> Source:
         tokenizer=tokenizer,
         template=extras.template or template(words, tokenizer),
         pieces=pieces,
+        # It ran with transformers 4 alone.
+        times=old_scale(words),
     )
     if source.drop_first:
         source.notes.append("the first patch of each picture is left out, as TinyLLaVA did (drop_first)")
