@@ -90,8 +90,21 @@ def both(kind: str, **values: Any) -> tuple[TinyModalForConditionalGeneration, t
     own = OWN_LANGUAGES.get(kind)
     theirs = loud(own.causal._from_config(same) if own else AutoModelForCausalLM.from_config(same))
     ours = TinyModalForConditionalGeneration(TinyModalConfig(text_config=config, image_token_id=5)).eval()
-    ours.take_language(theirs)
+    # A copy: with ``language=theirs`` both would run the same modules.
+    load_exactly(ours.model.language_model, theirs.base_model.state_dict())
+    load_exactly(ours.lm_head, theirs.get_output_embeddings().state_dict())
     return ours, theirs
+
+
+def test_a_language_model_in_hand_is_taken_as_it_is_and_not_copied():
+    _, theirs = both("llama")
+    config = TinyModalConfig(text_config=theirs.config, image_token_id=5)
+    before = {name: p.clone() for name, p in theirs.named_parameters()}
+    ours = TinyModalForConditionalGeneration(config, theirs)
+    assert ours.model.language_model is theirs.base_model
+    assert ours.lm_head is theirs.get_output_embeddings()
+    for name, p in theirs.named_parameters():
+        assert torch.equal(p, before[name]), name
 
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi", "gemma", "gemma2", "gemma3_text", "stablelm", "smollm3", "gpt2"]
@@ -265,7 +278,6 @@ def test_weights_that_do_not_fit_are_refused_by_name():
     ):
         load_exactly(module, {"weight": torch.zeros(3, 4), "scale": torch.zeros(1)})
     ours, theirs = both("llama")
-    del ours, theirs.model.layers[1]
-    fresh = TinyModalForConditionalGeneration(TinyModalConfig(text_config=config_of("llama")))
+    del theirs.model.layers[1]
     with pytest.raises(ValueError, match="missing"):
-        fresh.take_language(theirs)
+        load_exactly(ours.model.language_model, theirs.base_model.state_dict())

@@ -338,19 +338,6 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         logits = self._head(states.reshape(1, -1, states.shape[-1]), self.lm_head)
         return logits.view(*states.shape[:-1], -1)
 
-    def take_language(self, language: PreTrainedModel) -> None:
-        """Copy the weights of a causal language model of the same ``text_config`` into this one.
-
-        Raises:
-            ValueError: if a weight is missing, not expected, or of another shape.
-        """
-        pairs = (
-            (self.model.language_model, language.base_model),
-            (self.lm_head, language.get_output_embeddings()),
-        )
-        for ours, theirs in pairs:
-            load_exactly(ours, theirs.state_dict())
-
     def forward(
         self,
         input_ids: Tensor | None = None,
