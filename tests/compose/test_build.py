@@ -584,3 +584,34 @@ def test_a_saved_model_loads_in_a_process_without_our_package(tmp_path):
     )
     assert done.returncode == 0
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), logits(composed))
+
+
+def test_marks_and_merges_that_no_picture_would_meet_are_refused():
+    cases = {
+        "mark 'tile_start' is never written with resize 'square'": {"marks": ("tile_start",)},
+        "merge 'spatial' puts tiles together, and resize 'square'": {"merge": "spatial"},
+        "never written with resize 'square' and connector 'perceiver'": {
+            "connector": "perceiver",
+            "marks": ("newline",),
+        },
+        "tiles are merged only if": {"resize": "tiles", "merge": "spatial", "connector": "perceiver"},
+    }
+    for words, sight in cases.items():
+        connector = sight.pop("connector", "mlp")
+        with pytest.raises(RecipeError, match=words):
+            tiny_model(connector=connector, sight=sight)
+
+
+def test_a_tower_says_how_its_pictures_are_normalised_or_is_refused(checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints / "siglip", tmp_path / "siglip"))
+    file = folder / "preprocessor_config.json"
+    for said, mean, std in (
+        ({"do_normalize": False}, (0.0,) * 3, (1.0,) * 3),
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": None}, (0.1, 0.2, 0.3), (0.5,) * 3),
+    ):
+        file.write_text(json.dumps(said))
+        how = build(spec_of(checkpoints, tower=folder)).processor.image_processor.preparation
+        assert (how.mean, how.std) == (mean, std)
+    file.write_text(json.dumps({"image_mean": 0.5}))
+    with pytest.raises(CheckpointError, match=r"image_mean is 0\.5, expected three numbers"):
+        build(spec_of(checkpoints, tower=folder))

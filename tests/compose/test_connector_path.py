@@ -48,9 +48,7 @@ def test_what_the_other_one_lacks_begins_new(other):
 
 def test_a_connector_of_another_shape_is_refused_with_both(other):
     _, path = other
-    with pytest.raises(
-        CheckpointError, match=r"connector_path: .*query_tokens is \(1, 4, 32\), expected \(1, 8, 32\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"connector_path: .* has num_queries = 4, here it is 8"):
         joined(path, options={**QFORMER, "num_queries": 8})
     with pytest.raises(CheckpointError, match=r"layer\.1\..* is not in this model's connector"):
         joined(path, options={**QFORMER, "depth": 1})
@@ -63,3 +61,11 @@ def test_a_folder_without_a_connector_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="holds a model of type 'llama', not a composed one"):
         joined(str(tmp_path))
+
+
+def test_marks_of_another_meaning_are_refused_though_their_shapes_fit(other):
+    _, path = other
+    with pytest.raises(CheckpointError, match=r"its marks are \['start'\], here they are \['end'\]"):
+        tiny_model(
+            "clip_vision_model", "qformer", options=QFORMER, sight={"connector_path": path, "marks": ("end",)}
+        )

@@ -79,7 +79,7 @@ def test_a_connector_makes_as_many_tokens_as_it_says(case, items):
 @pytest.mark.parametrize("name", [name for name in CONNECTORS if name in NEEDS_ROWS])
 def test_a_connector_that_needs_rows_refuses_features_without(name):
     """As a tower's are that keeps its class token."""
-    said = rf"connector '{name}' needs features in rows and columns, got a grid of \(17,\); drop the tower's"
+    said = rf"connector '{name}' needs features in rows and columns, got a grid of \(17,\); take keep_class"
     with pytest.raises(ValueError, match=said):
         CONNECTORS[name].shrink((17,), **CONNECTORS[name].settle({}))
     with pytest.raises(ValueError, match=said):

@@ -183,3 +183,21 @@ def test_the_chat_template_is_the_tokenizers(processor):
     messages = [{"role": "user", "content": "<image> what?"}]
     expected = processor.tokenizer.apply_chat_template(messages, tokenize=False)
     assert processor.apply_chat_template(messages, tokenize=False) == expected
+
+
+def test_several_texts_are_padded_on_the_left_so_that_replies_follow_their_last_word():
+    right = tiny_tokenizer()
+    right.padding_side = "right"
+    processor = TinyModalProcessor.of(config_for(right), right)
+    inputs = processor(images=[noise(), noise()], text=["<image> what is the colour of it", "<image>"])
+    assert inputs["attention_mask"][1].tolist()[0] == 0
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+
+
+def test_what_is_no_picture_is_refused_in_words(processor):
+    with pytest.raises(ValueError, match=r"got ndarray; of an array PIL\.Image\.fromarray makes one"):
+        processor(images=[np.zeros((5, 5, 3), np.uint8)], text="<image>")
+    with pytest.raises(ValueError, match="no name of a file"):
+        processor.prepare("x" * 5000)
+    with pytest.raises(ValueError, match="max_tiles must be 1 or more"):
+        processor.prepare(noise(), max_tiles=0)  # which would lift the limit

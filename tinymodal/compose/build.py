@@ -28,6 +28,7 @@ from tinymodal.compose.pretrained import fetch as fetch
 from tinymodal.compose.pretrained import (
     load_connector,
     load_tower,
+    normalisation,
     one_line,
     read_json,
     read_language,
@@ -43,21 +44,25 @@ from tinymodal.core.lookup import nearest
 from tinymodal.model.configuration_tinymodal import TinyModalConfig, language_config
 from tinymodal.model.connectors import find_connector
 from tinymodal.model.encoders import encoder_of, tower_config
+from tinymodal.model.geometry import mark_rows
 from tinymodal.model.image import Preparation
 from tinymodal.model.language import causal_class
 from tinymodal.model.media import OPTIONS
 from tinymodal.model.modeling_tinymodal import TinyModalForConditionalGeneration, load_exactly
-from tinymodal.model.processing_tinymodal import TinyModalProcessor
+from tinymodal.model.pair import PairConfig
+from tinymodal.model.processing_tinymodal import TinyModalImageProcessor, TinyModalProcessor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
 
-CONTRADICTIONS = (ValueError, TypeError, RuntimeError, StrictDataclassError)
+CONTRADICTIONS = (
+    ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, StrictDataclassError,
+)  # fmt: skip
 """What values that do not fit together raise, in model code and in transformers; anything else is a bug."""
 
-RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+RESAMPLE: dict[int, Literal["lanczos", "bilinear", "bicubic"]] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers, as ``preprocessor_config.json`` has them."""
 
 
@@ -119,8 +124,8 @@ def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
         vision = spec.vision
         tower_folder, vision_config = _vision(vision)
         for option in OPTIONS:
-            if getattr(vision, option):
-                setattr(vision_config, option, True)
+            if (value := getattr(vision, option)) is not None:
+                setattr(vision_config, option, value)
         chosen = {
             "name": vision.connector,
             "options": vision.options,
@@ -176,6 +181,8 @@ def _check(
     """
     with one_line("model", RecipeError, CONTRADICTIONS):
         processor = TinyModalProcessor.of(config, tokenizer, preparation)
+        if config.vision_config is not None:
+            _check_layouts(processor.image_processor, config.connectors["image"])
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             TinyModalForConditionalGeneration(copy.deepcopy(config))
     context = _context(config)
@@ -187,6 +194,27 @@ def _check(
             f"model.vision: a picture takes {found.tokens:,} tokens and model.language reads at most "
             f"{context:,}; choose a connector that folds more ('pixel_shuffle', 'perceiver'), fewer tiles, "
             f"or a language model with a longer context"
+        )
+
+
+def _check_layouts(eye: TinyModalImageProcessor, chosen: Mapping[str, Any]) -> None:
+    """Refuse what a picture of another shape than the tower's would meet, and marks that it never would.
+
+    Raises:
+        ValueError: names the mark or the merge, or what the tower or the connector says.
+    """
+    tall, wide = eye.typical().plan.tiles_px[0]
+    sizes = ((tall, wide), (2 * tall, 3 * wide), (3 * tall, 2 * wide))
+    found = [eye.layout(size) for size in sizes]
+    assert eye.preparation is not None
+    placed = f"resize {eye.preparation.resize!r} and connector {chosen['name']!r}"
+    used = {place for layout in found for place in layout.order or ()}
+    for mark, row in mark_rows(chosen["marks"]).items():
+        if -1 - row not in used:
+            raise ValueError(f"mark {mark!r} is never written with {placed}; take it out")
+    if chosen["merge"] != "flat" and not any(layout.plan.rows for layout in found):
+        raise ValueError(
+            f"merge {chosen['merge']!r} puts tiles together, and {placed} make none; take it out"
         )
 
 
@@ -361,6 +389,8 @@ def _vision(spec: VisionSpec) -> tuple[Path | tuple[Path, ...] | None, PreTraine
         with one_line("model.vision.config", RecipeError, CONTRADICTIONS):
             config = tower_config(spec.config)
         _refuse_unknown(spec.config, config, "model.vision.config")
+        for i, values in enumerate(spec.config["towers"] if isinstance(config, PairConfig) else ()):
+            _refuse_unknown(values, tower_config(values), f"model.vision.config.towers[{i}]")
         return None, config
     if isinstance(spec.path, tuple):
         return read_pair_config(spec.path, "model.vision.path", spec.normalise)
@@ -374,12 +404,14 @@ def _preparation(
     how = encoder_of(config).preparation_of(config)
     if isinstance(folder, tuple):  # two towers: pictures come as the first one wants them
         folder = folder[0]
+    else:
+        mean, std = normalisation(folder, config)
+        how = replace(how, mean=mean, std=std)
     file = folder / "preprocessor_config.json" if folder else None
     if file is not None and file.is_file():
-        said = read_json(file, f"model.vision.path: {folder}")
-        if said.get("do_normalize", True) and "image_mean" in said and "image_std" in said:
-            how = replace(how, mean=tuple(said["image_mean"]), std=tuple(said["image_std"]))
-        how = replace(how, resample=RESAMPLE.get(said.get("resample", 0), how.resample))
+        number = read_json(file, f"model.vision.path: {folder}").get("resample")
+        if number in RESAMPLE:
+            how = replace(how, resample=RESAMPLE[number])
     if spec.size_px is not None:
         how = replace(how, height_px=spec.size_px, width_px=spec.size_px)
     # What a recipe leaves out is the strategy's own default.

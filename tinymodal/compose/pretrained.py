@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from tinymodal.core.errors import CheckpointError, TinyModalError
-from tinymodal.model.configuration_tinymodal import TinyModalConfig
+from tinymodal.model.configuration_tinymodal import TinyModalConfig, settled_connectors
 from tinymodal.model.encoders import encoder_of, tower_config
 from tinymodal.model.hf_tower import HFTower
 from tinymodal.model.language import OWN_LANGUAGES, causal_class, language_config
@@ -270,14 +270,26 @@ def read_pair_config(
 def normalisation(
     folder: Path | None, config: PreTrainedConfig
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a tower's pictures: the family's, or what its folder says of itself."""
+    """Mean and standard deviation of a tower's pictures: the family's, or what its folder says of itself.
+
+    Raises:
+        CheckpointError: the folder says something that is not three numbers.
+    """
     how = encoder_of(config).preparation_of(config)
     file = folder / "preprocessor_config.json" if folder is not None else None
-    if file is not None and file.is_file():
-        said = read_json(file, str(folder))
-        if said.get("do_normalize", True) and "image_mean" in said and "image_std" in said:
-            return tuple(said["image_mean"]), tuple(said["image_std"])
-    return how.mean, how.std
+    if file is None or not file.is_file():
+        return how.mean, how.std
+    said = read_json(file, str(folder))
+    if not said.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    found = []
+    for key, family in (("image_mean", how.mean), ("image_std", how.std)):
+        value = said.get(key)
+        numbers = isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+        if value is not None and not (numbers and len(value) == 3):
+            raise CheckpointError(f"{file}: {key} is {value!r}, expected three numbers")
+        found.append(family if value is None else tuple(value))
+    return found[0], found[1]
 
 
 def load_tower(tower: MediaEncoder, folder: Path | tuple[Path, ...], key: str) -> None:
@@ -397,7 +409,7 @@ def read_weights(folder: Path, where: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_connector(model: nn.Module, name: str, key: str) -> None:
+def load_connector(model: Any, name: str, key: str) -> None:
     """Let connector and marks begin with those of another composed model.
 
     What the other one lacks stays new, as the second projection of TinyGPT-V does over MiniGPT-4's Q-Former.
@@ -415,9 +427,11 @@ def load_connector(model: nn.Module, name: str, key: str) -> None:
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         folder = folder / "model"
     where = f"{key}: {folder}"
-    kind = read_json(folder / "config.json", where).get("model_type")
+    config = read_json(folder / "config.json", where)
+    kind = config.get("model_type")
     if kind != TinyModalConfig.model_type:
         raise CheckpointError(f"{where}: holds a model of type {kind!r}, not a composed one with a connector")
+    _refuse_other_connector(config, model.config, where)
     with one_line(where, CheckpointError):
         weights = read_weights(folder, where)
     own = model.state_dict()
@@ -433,6 +447,24 @@ def load_connector(model: nn.Module, name: str, key: str) -> None:
                 f"model with the same connector, options, tower and width"
             )
         own[weight].copy_(tensor)
+
+
+def _refuse_other_connector(theirs: Mapping[str, Any], ours: Any, where: str) -> None:
+    """Refuse weights that would mean something else here, which shapes do not tell."""
+    if not theirs.get("connectors"):
+        raise CheckpointError(f"{where}: has no connector")
+    said, here = settled_connectors(theirs["connectors"], sees=True)["image"], ours.connectors["image"]
+    for name in sorted(set(said["options"]) & set(here["options"])):
+        # A projection more or less shows in the weights; how many there are of it may differ.
+        if name not in ("middle", "depth") and said["options"][name] != here["options"][name]:
+            raise CheckpointError(
+                f"{where}: its connector has {name} = {said['options'][name]!r}, here it is "
+                f"{here['options'][name]!r}; make them equal"
+            )
+    if said["marks"] and said["marks"] != here["marks"]:
+        raise CheckpointError(
+            f"{where}: its marks are {said['marks']}, here they are {here['marks']}; make them equal"
+        )
 
 
 def refuse_missing(info: Mapping[str, Any], where: str, wanted: Mapping[str, Any] | None = None) -> None:
@@ -495,7 +527,9 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # What these say alone ("0", "division by zero") says nothing.
+    return f"{type(error).__name__}: {said}" if isinstance(error, LookupError | ArithmeticError) else said
 
 
 def _rows(table: Any) -> torch.Tensor:

@@ -69,11 +69,12 @@ class VisionSpec(Value):
     list: their features side by side."""
     keep_class: Annotated[bool, Strict()] = False
     """Keep the class token (and registers) of a tower that has one."""
-    final_norm: Annotated[bool, Strict()] = False
-    """Apply the tower's last norm to what is read (OmniLMM); left out, features come from before it."""
-    drop_first: Annotated[bool, Strict()] = False
+    final_norm: Annotated[bool, Strict()] | None = None
+    """Apply the tower's last norm to what is read (OmniLMM); left out, as the tower's own config says, which
+    is seldom."""
+    drop_first: Annotated[bool, Strict()] | None = None
     """Leave out the first patch of a tower without a class token: what TinyLLaVA's SigLIP models were trained
-    with. Not for new models."""
+    with. Not for new models; left out, as the tower's own config says."""
     resize: Literal["square", "crop", "pad", "anyres", "slices", "tiles", "native"] = "square"
     """``square`` stretches a picture to the tower's size; ``crop`` cuts its middle out; ``pad`` first fills
     its short side with the mean colour. ``anyres``, ``slices`` and ``tiles`` show it whole and in pieces;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +62,10 @@ class SigLIP2(SigLIP):
 
     @classmethod
     def preparation_of(cls, config: PreTrainedConfig) -> Preparation:
-        edge = round(config.num_patches**0.5) * cls.patch_px(config)
+        side = isqrt(config.num_patches)
+        if side**2 != config.num_patches:
+            raise ValueError(f"num_patches must be a square number, as 256, got {config.num_patches}")
+        edge = side * cls.patch_px(config)
         return Preparation(edge, edge, *cls.normalisation, resample="bilinear")
 
     def run(self, values: Tensor, **flags: Any) -> Any:
@@ -161,6 +165,9 @@ def tower_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConf
     if found.model_type not in ENCODERS and isinstance(part, PreTrainedConfig):
         found = part
     encoder_of(found)
+    channels = getattr(found, "num_channels", 3)
+    if channels != 3:
+        raise ValueError(f"pictures have 3 channels, this tower's num_channels is {channels}")
     return found
 
 

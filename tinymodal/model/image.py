@@ -208,8 +208,17 @@ def load_image(source: str | Path | bytes | PIL.Image.Image, max_pixels: int = M
         name, opened = f"picture of {len(source):,} bytes", io.BytesIO(source)
         size_bytes = len(source)
     else:
+        if not isinstance(source, str | Path):
+            raise ValueError(
+                f"a picture is a file, the bytes of one or a PIL picture, got {type(source).__name__}; of an "
+                f"array PIL.Image.fromarray makes one"
+            )
         path = Path(source)
-        if not path.is_file():
+        try:
+            exists = path.is_file()
+        except OSError as fault:
+            raise ValueError(f"{str(source)[:80]}: no name of a file ({fault.strerror})") from fault
+        if not exists:
             found = "is a folder" if path.is_dir() else "does not exist"
             raise ValueError(f"{path}: {found}; expected a picture file")
         name, opened = str(path), path

@@ -107,7 +107,7 @@ def rows_and_columns(grid: tuple[int, ...], name: str) -> tuple[int, int]:
     """
     if len(grid) != 2:
         raise ValueError(
-            f"connector {name!r} needs features in rows and columns, got a grid of {grid}; drop the tower's "
-            f"class token (keep_class = false) or use a connector that needs no rows: 'mlp', 'perceiver'"
+            f"connector {name!r} needs features in rows and columns, got a grid of {grid}; take keep_class "
+            f"or drop_first out, or use a connector that needs no rows: 'mlp', 'perceiver'"
         )
     return grid[0], grid[1]

@@ -54,6 +54,9 @@ class PairConfig(PreTrainedConfig):
             raise ValueError(f"a pair has two towers, got {len(towers)}")
         if normalise not in NORMALISE:
             raise ValueError(f"unknown normalise {normalise!r}; known: {', '.join(NORMALISE)}")
+        for tower in towers:
+            if not isinstance(tower, dict | PreTrainedConfig):
+                raise ValueError(f"a tower of a pair is a config, a table with model_type, got {tower!r}")
         found = [_config(tower) for tower in towers]
         if any(tower.model_type == self.model_type for tower in found):
             raise ValueError("a tower of a pair is a pair itself; give two single towers")

@@ -166,6 +166,8 @@ class TinyModalImageProcessor(ImageProcessingMixin):
             raise ValueError("a picture is given, but this model has no vision tower")
         how = self.preparation
         if max_tiles is not None:
+            if max_tiles < 1:  # 0 would be the strategy's own default
+                raise ValueError(f"max_tiles must be 1 or more, got {max_tiles}; leave it out instead")
             how = replace(how, max_tiles=max_tiles)
         if fit_pixels is not None:
             how = replace(how, fit_pixels=fit_pixels)
@@ -333,7 +335,7 @@ class TinyModalProcessor(ProcessorMixin):
             return_mm_token_type_ids: also return 1 for placeholders and 0 for words.
             max_tiles: at most so many tiles a picture; None: as composed.
             fit_pixels: least and most pixels of a picture after resizing; None: as composed.
-            **kwargs: for the tokenizer; ``return_tensors`` is "pt" and ``padding`` on for several texts.
+            **kwargs: for the tokenizer; ``return_tensors`` is "pt", and several texts are padded on the left.
 
         Returns:
             ``input_ids``, ``attention_mask`` int64 [B, T] and, with pictures, what :func:`as_inputs` gives.
@@ -356,7 +358,9 @@ class TinyModalProcessor(ProcessorMixin):
         values = as_inputs(prepared) if prepared else {}
         tokens = iter(p.tokens for p in prepared)
         texts = [self._widen(t, tokens) for t in texts]
-        kwargs = {"return_tensors": "pt", "padding": len(texts) > 1, **kwargs}
+        # On the left: what is generated follows the last word of every row.
+        left = {"padding": len(texts) > 1, "padding_side": "left"}
+        kwargs = {"return_tensors": "pt", **left, **kwargs}
         words = dict(self.tokenizer(texts, **kwargs))
         if return_mm_token_type_ids:
             words["mm_token_type_ids"] = torch.as_tensor(words["input_ids"]).eq(self.image_token_id).long()
