@@ -233,7 +233,8 @@ def train_tiny(args: argparse.Namespace, recipe: Recipe) -> None:
 
         run(small, folder)
     kept = f"The toy model is in {folder / 'model'}." if args.out else "Nothing is kept."
-    print(f"\nAll {len(recipe.stages)} stages run. Nothing real was trained. {kept}\n")
+    ran = "The stage runs" if len(recipe.stages) == 1 else f"All {len(recipe.stages)} stages run"
+    print(f"\n{ran}. Nothing real was trained. {kept}\n")
 
 
 def tiny(args: argparse.Namespace, recipe: Recipe, folder: Path) -> Recipe:
@@ -310,9 +311,10 @@ def run_adopt(args: argparse.Namespace) -> None:
         console.print(table)
     for note in report.notes:
         print(f"note: {note}")
-    print(
-        f"Every tensor and comparison: {args.out / REPORT}\n\nTalk to it:\n\n  {program()} chat {args.out}\n"
-    )
+    how = "as you said" if args.template else "guessed; --template NAME overrules it"
+    print(f"template: {report.template} ({how})")
+    print(f"Every tensor and comparison: {args.out / REPORT}\n\nTalk to it:\n")
+    print(f"  {program()} chat {args.out} --image PICTURE\n")
 
 
 def load_model(args: argparse.Namespace) -> Composed:

@@ -594,7 +594,11 @@ def test_marks_and_merges_that_no_picture_would_meet_are_refused():
             "connector": "perceiver",
             "marks": ("newline",),
         },
-        "tiles are merged only if": {"resize": "tiles", "merge": "spatial", "connector": "perceiver"},
+        "tiles are merged by their rows and columns of tokens": {
+            "resize": "tiles",
+            "merge": "spatial",
+            "connector": "perceiver",
+        },
     }
     for words, sight in cases.items():
         connector = sight.pop("connector", "mlp")

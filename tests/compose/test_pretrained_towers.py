@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, PreTrainedModel, SiglipModel
 
-from tinymodal.compose.pretrained import load_tower, normalisation, read_pair_config, read_tower_config
 from tinymodal.compose.tiny import tiny_vision
+from tinymodal.compose.towers import load_tower, normalisation, read_pair_config, read_tower_config
 from tinymodal.core.errors import CheckpointError
 from tinymodal.model.encoders import encoder_of, tower_config
 from tinymodal.model.hf_tower import new_backbone

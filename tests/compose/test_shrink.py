@@ -1,6 +1,7 @@
 """Parts at toy size: the same kinds, the same proportions, and no name that nobody knows."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -195,3 +196,91 @@ def test_the_tokenizers_own_template_needs_the_tokenizer(tmp_path):
 def test_parts_that_do_not_fit_are_refused_as_at_full_size(tmp_path):
     with pytest.raises(RecipeError, match="27 x 27"):
         toy(tmp_path, VisionSpec(path=SIGLIP, connector="pixel_shuffle"))
+
+
+CLIP_L = "openai/clip-vit-large-patch14-336"
+
+
+def new(kind, **values):
+    return LanguageSpec(config={**values, "model_type": kind}, tokenizer="none")
+
+
+def test_a_kind_of_language_model_that_nobody_knows_is_told_in_one_line(tmp_path):
+    with pytest.raises(RecipeError, match=r"model.language.config: .*'lama'; did you mean 'llama'\?$"):
+        toy(tmp_path, language=new("lama"))
+    for config, says in (({"model_type": "gptt"}, "'gptt'; did you mean 'gpt"), ({"a": 1}, "no model_type")):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(RecipeError, match=rf"model.language.path: .*{says}"):
+            toy(tmp_path, language=LanguageSpec(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("layer", [-99, (-2, 40), 25])
+def test_a_layer_that_the_real_tower_lacks_is_refused(layer, tmp_path):
+    with pytest.raises(RecipeError, match=r"model.vision: feature_layer .* a tower of 24 blocks"):
+        toy(tmp_path, VisionSpec(path=CLIP_L, feature_layer=layer))
+
+
+def test_timm_gives_no_embedding(tmp_path):
+    name = "timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k"
+    with pytest.raises(RecipeError, match="feature_layer 0 asks for the embedding"):
+        toy(tmp_path, VisionSpec(path=name, feature_layer=0))
+
+
+def test_a_connector_that_cannot_be_built_at_its_real_size_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"model.vision: .*100"):
+        toy(tmp_path, VisionSpec(path=CLIP_L, connector="qformer", options={"width": 100, "num_heads": 12}))
+    wide = {**tiny_vision("dinov2"), "hidden_size": 64}
+    with pytest.raises(RecipeError, match=r"'identity' needs a tower as wide .* got 64 and 96"):
+        toy(tmp_path, VisionSpec(config=wide, connector="identity"), new("llama", hidden_size=96))
+
+
+def test_a_connector_must_lie_somewhere_or_be_made(tmp_path):
+    eye = VisionSpec(path=CLIP_L, connector_path="runs/other")
+    with pytest.raises(RecipeError, match=r"model.vision.connector_path: runs/other: there is no"):
+        toy(tmp_path, eye)
+    made = {"runs/other": ModelSpec(language=PHI)}
+    assert toy(tmp_path, eye, made=made.get).spec.vision.connector_path is None
+
+
+def test_keys_that_the_family_lacks_are_refused_as_at_full_size(tmp_path):
+    with pytest.raises(RecipeError, match=r"model.language.config: unknown key 'hiden_size'"):
+        toy(tmp_path, language=new("llama", hiden_size=8))
+    with pytest.raises(RecipeError, match=r"model.vision.config: unknown key 'hiden_size'"):
+        toy(tmp_path, VisionSpec(config={**tiny_vision("dinov2"), "hiden_size": 8}))
+
+
+def test_the_worst_picture_is_told(tmp_path):
+    found = toy(tmp_path, VisionSpec(path=SIGLIP, resize="tiles"))
+    assert found.tokens == (729, 13 * 729), "one tile, or twelve and the whole"
+    assert found.lines[-1].endswith("of any size: 729 to 9,477 tokens")
+    assert toy(tmp_path, VisionSpec(path=SIGLIP)).tokens == (729, 729)
+
+
+def test_a_stop_that_the_real_tokenizer_must_have_is_told(tmp_path):
+    (line,) = [line for line in toy(tmp_path).lines if line.startswith("tokenizer")]
+    assert line == ("tokenizer: a new one, given '<|endoftext|>' for the template; the real one must have it")
+    chatml = LanguageSpec(path="microsoft/phi-2", template="chatml")
+    assert len(toy(tmp_path, language=chatml).lines) == 1
+
+
+def test_a_tower_in_stages_has_its_own_edge_and_stride(tmp_path):
+    config = {**tiny_vision("convnext"), "image_size": 224}
+    for connector, size_px, edge_px in (("mlp", 224, 32), ("pixel_shuffle", 256, 64)):
+        eye = VisionSpec(config=config, connector=connector, feature_layer=-1, size_px=size_px)
+        small = toy(tmp_path, eye)
+        assert small.edge_px == edge_px
+        assert build.build(small.spec).encoder
+
+
+def test_an_unknown_part_is_told_without_a_wall_of_names(tmp_path):
+    with pytest.raises(RecipeError, match=rf"model.language.path: '{SIGLIP}' is a tower"):
+        toy(tmp_path, language=LanguageSpec(path=SIGLIP))
+    with pytest.raises(RecipeError, match=r"docs/published-recipes.md does not list it") as caught:
+        toy(tmp_path, VisionSpec(path="someone/something"))
+    assert "did you mean" not in str(caught.value)
+    assert "TinyLlama" not in str(caught.value)
+
+
+def test_the_page_lists_every_known_name():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "published-recipes.md").read_text("utf-8")
+    assert [name for name in (*TOWERS, *LANGUAGES) if f"`{name}`" not in page] == []

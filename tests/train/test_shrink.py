@@ -101,7 +101,10 @@ def test_made_data_has_pictures_of_many_shapes_and_a_row_without(tmp_path, writt
 def test_what_the_real_run_would_refuse_is_refused(written, tmp_path):
     for change, says in {
         "stages.align.seq_len=4096": "stages.align.seq_len is 4096, but .* at most 2048 positions",
-        'stages.instruct.only={ vision = "from layer 23" }': "the part runs 23 blocks, 0 to 22",
+        'stages.instruct.only={ vision = "from layer 23" }': (
+            "stages.instruct: only.vision: 'from layer 23', but the part runs 23 blocks, 0 to 22"
+        ),
+        "stages.align.seq_len=512": "stages.align.seq_len is 512, but a picture takes 576 tokens",
         "stages.align.template=chatm": "did you mean 'chatml'",
         "model.vision.connector=pixel_shufle": "did you mean 'pixel_shuffle'",
         "model.vision.options={ rato = 2 }": "unknown option 'rato'",

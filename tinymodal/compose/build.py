@@ -25,20 +25,16 @@ from torch import nn
 from tinymodal.chat.encode import Encoder
 from tinymodal.chat.template import TEMPLATES, ChatTemplate, TokenizerTemplate, known_as, template_for
 from tinymodal.compose.pretrained import fetch as fetch
-from tinymodal.compose.pretrained import (
+from tinymodal.compose.pretrained import locate as locate
+from tinymodal.compose.pretrained import one_line, read_json, read_language, read_tokenizer, refuse_missing
+from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
+from tinymodal.compose.towers import (
     load_connector,
     load_tower,
     normalisation,
-    one_line,
-    read_json,
-    read_language,
     read_pair_config,
-    read_tokenizer,
     read_tower_config,
-    refuse_missing,
 )
-from tinymodal.compose.pretrained import locate as locate
-from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.core.lookup import nearest
 from tinymodal.model.configuration_tinymodal import TinyModalConfig, language_config
@@ -239,8 +235,12 @@ def load(
     found = read_json(folder / "config.json", where).get("model_type")
     if found != TinyModalConfig.model_type:
         raise CheckpointError(
-            f"{where}: holds a model of type {found!r}, not a composed one; name a language model with "
-            f"model.language.path and a tower with model.vision.path"
+            f"{where}: holds a model of type {found!r}, not a composed one; "
+            + (
+                "name a language model with model.language.path and a tower with model.vision.path"
+                if key
+                else f"bring a checkpoint of another system along with: tinymodal adopt {path} OUT"
+            )
         )
     with one_line(where, CheckpointError):
         loaded: Any = TinyModalForConditionalGeneration.from_pretrained(

@@ -11,24 +11,33 @@ published recipes use, ``published.py`` knows as much as is needed, so that noth
 
 from __future__ import annotations
 
+import copy
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from tinymodal.chat.template import ALIASES, TEMPLATES, ChatTemplate, TokenizerTemplate, known_as
-from tinymodal.compose.build import CONTRADICTIONS, _preparation
+from tinymodal.compose.build import CONTRADICTIONS, _preparation, _refuse_unknown, _vision
 from tinymodal.compose.pretrained import locate, one_line, read_json
 from tinymodal.compose.published import LANGUAGES, TOWERS
 from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
 from tinymodal.compose.tiny import tiny_language, tiny_tokenizer, tiny_vision
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.core.lookup import find, nearest
-from tinymodal.model.configuration_tinymodal import TinyModalConfig
+from tinymodal.model.configuration_tinymodal import TinyModalConfig, language_config
 from tinymodal.model.connectors import find_connector
 from tinymodal.model.encoders import encoder_of, tower_config
-from tinymodal.model.media import OPTIONS
+from tinymodal.model.hf_tower import AnyTower
+from tinymodal.model.language import OWN_LANGUAGES, causal_class
+from tinymodal.model.media import OPTIONS, hidden_states
 from tinymodal.model.processing_tinymodal import TinyModalImageProcessor
 
 if TYPE_CHECKING:
@@ -48,6 +57,13 @@ POSITIONS = 4096
 
 KEPT = ("num_register_tokens", "hidden_act", "tie_word_embeddings", "qk_layernorm")
 """Keys of a part's config that its stand-in has as well; the others are sizes, or the family's defaults."""
+
+MULTIPLES = (0.25, 1, 2, 3, 4, 5, 6, 8, 12)
+"""Edges of the pictures that are counted, in tiles."""
+ANY_WIDTH = 161_280
+"""Of a part whose width is not known: every usual number of heads, or width of one, divides it."""
+ADOPTED = ("runs/minigpt4",)
+"""Folders that the published recipes get from ``tinymodal adopt``."""
 
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -72,6 +88,8 @@ class Toy:
     """Part -> blocks that run of the real one, and of its stand-in."""
     positions: int | None
     """Longest text of the real language model; None: its config does not say."""
+    tokens: tuple[int, int]
+    """Of the real model: fewest and most tokens of a picture; zeros: the model does not see."""
     lines: tuple[str, ...]
     """What stands for what."""
 
@@ -96,15 +114,21 @@ def shrink(
     """
     if spec.path is not None:
         spec = _whole(spec.path, made)
+    else:
+        _check_configs(spec)
     assert spec.language is not None
     told = _words(spec.language, made)
-    language = _toy_language(spec.language, told, folder, templates)
+    language, stops = _toy_language(spec.language, told, folder, templates)
     blocks = {"language": (_layers(told), _layers(language.config or {}))}
     positions = told.get("max_position_embeddings") or told.get("max_context_length")
     lines = [_line("language", spec.language, told["model_type"], *blocks["language"])]
+    if stops:
+        words = " and ".join(f"'{stop}'" for stop in stops)
+        lines.append(f"tokenizer: a new one, given {words} for the template; the real one must have it")
     if spec.vision is None:
-        return Toy(ModelSpec(language=language), 0, blocks, positions, tuple(lines))
+        return Toy(ModelSpec(language=language), 0, blocks, positions, (0, 0), tuple(lines))
     real = _tower(spec.vision, made)
+    _check_sight(spec.vision, spec.language, real, told, made)
     with one_line("model.vision", RecipeError, CONTRADICTIONS):
         vision, edge_px = _toy_vision(spec.vision, real)
         one, other = _single(real), _single(tower_config(vision.config or {}))
@@ -114,9 +138,12 @@ def shrink(
         ]
         blocks["connectors"] = int(depths[0]), int(depths[1])
         counts = _tokens(spec.vision, real), picture_tokens(vision)
+        least, most = _extremes(spec.vision, real)
     lines.insert(0, _line("vision", spec.vision, real.model_type, _depth(one), _depth(other)))
-    lines.append(f"a picture of the tower's size: {counts[0]:,} tokens, here {counts[1]:,}")
-    return Toy(ModelSpec(language=language, vision=vision), edge_px, blocks, positions, tuple(lines))
+    others = f"; of any size: {least:,} to {most:,} tokens" if least < most else ""
+    lines.append(f"a picture of the tower's size: {counts[0]:,} tokens, here {counts[1]:,}{others}")
+    toy = ModelSpec(language=language, vision=vision)
+    return Toy(toy, edge_px, blocks, positions, (least, most), tuple(lines))
 
 
 def picture_tokens(spec: VisionSpec) -> int:
@@ -143,6 +170,107 @@ def template_of(name: str) -> ChatTemplate | None:
     return found if isinstance(found, ChatTemplate) else None
 
 
+# What the real parts refuse, and small ones would not
+
+
+def _check_configs(spec: ModelSpec) -> None:
+    """Refuse keys of new parts that their families do not have, as composing them does."""
+    assert spec.language is not None
+    if spec.language.config is not None:
+        where = "model.language.config"
+        _kind(spec.language.config, where)
+        with one_line(where, RecipeError, CONTRADICTIONS):
+            config = language_config(spec.language.config)
+            causal_class(config)
+        _refuse_unknown(spec.language.config, config, where)
+    if spec.vision is not None and spec.vision.config is not None:
+        _vision(spec.vision)
+
+
+def _check_sight(
+    spec: VisionSpec, language: LanguageSpec, real: Any, told: Mapping[str, Any], made: Made
+) -> None:
+    """Refuse a layer that the real tower does not have, and a connector that the real widths do not suit."""
+    if spec.connector_path is not None:
+        _check_connector_path(spec.connector_path, made)
+    with one_line("model.vision", RecipeError, CONTRADICTIONS), torch.random.fork_rng(devices=[]):
+        connector = find_connector(spec.connector)
+        options = connector.settle(spec.options)
+        with torch.device("meta"):
+            widths = _tower_widths(spec, real)
+            out_width = _language_width(language, told)
+            if connector.name == "identity" and None in (widths, out_width):
+                return
+            # One that is not known is such that it fits.
+            num_towers = len(real.parts()) if real.model_type == "tinymodal_pair" else 1
+            widths = widths or (ANY_WIDTH,) * num_towers
+            out_width = out_width or ANY_WIDTH
+            connector.build(widths, out_width, **options)
+
+
+def _check_connector_path(path: str, made: Made) -> None:
+    folder = Path(locate(path)).expanduser()
+    found = any((place / "config.json").is_file() for place in (folder, folder / "model"))
+    if not found and path not in ADOPTED and not isinstance(made(path), ModelSpec):
+        raise RecipeError(
+            f"model.vision.connector_path: {folder}: there is no composed model here, and no recipe beside "
+            f"this one makes it; name the folder of a run, or take the key out to begin with a new connector"
+        )
+
+
+def _tower_widths(spec: VisionSpec, real: Any) -> tuple[int, ...] | None:
+    """Widths of the features that the real tower gives; None: not known.
+
+    Raises:
+        ValueError: it has no such layer.
+    """
+    parts = real.parts() if real.model_type == "tinymodal_pair" else (real,)
+    names = [spec.path] if isinstance(spec.path, str) else list(spec.path or ())
+    is_timm = any(part.model_type == "tinymodal_timm" for part in parts)
+    if all(_config_file(name).is_file() for name in names) and not is_timm:
+        # All of its config is known: a tower without numbers says the rest.
+        config = copy.deepcopy(real)
+        return encoder_of(real).build(config, spec.feature_layer, keep_class=spec.keep_class).widths
+    widths: list[int] = []
+    for part in parts:
+        layers = hidden_states(_depth(part), spec.feature_layer)
+        if part.model_type == "tinymodal_timm":
+            if 0 in layers:
+                raise ValueError(
+                    f"feature_layer {spec.feature_layer} asks for the embedding, which timm's models do not "
+                    f"give; take 1 or more, or count from the end"
+                )
+            widths.append(part.hidden_size * len(layers))
+    return tuple(widths) if len(widths) == len(parts) else None
+
+
+def _language_width(spec: LanguageSpec, told: Mapping[str, Any]) -> int | None:
+    """Width of the real language model's embeddings; None: not known."""
+    if spec.path is not None and not _config_file(spec.path).is_file():
+        return None
+    config = language_config(dict(told))
+    names = ("word_embed_proj_dim", "hidden_size", "model_dim")
+    return next((int(width) for name in names if (width := getattr(config, name, None))), None)
+
+
+def _kind(told: Mapping[str, Any], where: str) -> str:
+    """A language model's ``model_type``.
+
+    Raises:
+        RecipeError: it has none, or one that nobody knows.
+    """
+    kind = told.get("model_type")
+    if not kind:
+        raise RecipeError(
+            f"{where}: there is no model_type, which says what kind of language model it is; add it, e.g. "
+            f"model_type = 'llama'"
+        )
+    if kind not in OWN_LANGUAGES and kind not in CONFIG_MAPPING:
+        known = [*OWN_LANGUAGES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+        raise RecipeError(f"{where}: no language model has model_type '{kind}'{nearest(str(kind), known)}")
+    return str(kind)
+
+
 # Towers
 
 
@@ -156,6 +284,15 @@ def _toy_vision(spec: VisionSpec, real: PreTrainedConfig) -> tuple[VisionSpec, i
     toy_own_px = ceil(PATCHES / multiple) * step_px
     toy_px = max(step_px, round(toy_own_px * tile_px / own_px / step_px) * step_px)
     toy = _toy_tower(real, toy_own_px)
+    # Towers that work in stages have a stride of their own.
+    if (
+        encoder_of(config := tower_config(toy)) is AnyTower
+        and (stride_px := AnyTower.patch_px(config)) != PATCH_PX
+    ):
+        step_px = multiple * stride_px
+        toy_own_px = ceil(max(multiple, int(options.get("side") or 1)) / multiple) * step_px
+        toy = _toy_tower(real, toy_own_px)
+        toy_px = max(toy_own_px, round(toy_own_px * tile_px / own_px / step_px) * step_px)
     changes: dict[str, Any] = {
         "path": None,
         "config": toy,
@@ -163,7 +300,7 @@ def _toy_vision(spec: VisionSpec, real: PreTrainedConfig) -> tuple[VisionSpec, i
         "options": options,
         "connector_path": None,
         "feature_layer": _layer(spec.feature_layer, _depth(_single(real)), _single(tower_config(toy))),
-        "size_px": None if spec.size_px is None else toy_px,
+        "size_px": toy_px if spec.size_px is not None or toy_px != toy_own_px else None,
     }
     if spec.pinpoints is not None:
         sizes = [(h // tile_px * toy_px, w // tile_px * toy_px) for h, w in spec.pinpoints]
@@ -262,6 +399,20 @@ def _tokens(spec: VisionSpec, config: PreTrainedConfig) -> int:
     return _processor(spec, config).typical().tokens
 
 
+def _extremes(spec: VisionSpec, config: PreTrainedConfig) -> tuple[int, int]:
+    """Fewest and most tokens of a picture, over many shapes."""
+    eye = _processor(spec, config)
+    found = [eye.typical().tokens]
+    assert eye.preparation is not None
+    if spec.resize in ("anyres", "slices", "tiles", "native"):
+        tall, wide = eye.preparation.size_px
+        for rows in MULTIPLES:
+            for columns in MULTIPLES:
+                with suppress(ValueError):  # a shape that the connector cannot fold is a row's own fault
+                    found.append(eye.layout((ceil(rows * tall), ceil(columns * wide))).tokens)
+    return min(found), max(found)
+
+
 # Language models
 
 
@@ -278,10 +429,12 @@ def _words(spec: LanguageSpec, made: Made) -> dict[str, Any]:
 
 def _toy_language(
     spec: LanguageSpec, told: Mapping[str, Any], folder: Path, templates: Iterable[str]
-) -> LanguageSpec:
-    """A small language model of the same kind, and its tokenizer."""
+) -> tuple[LanguageSpec, list[str]]:
+    """A small language model of the same kind with its tokenizer, and the stops that this was given."""
+    where = "model.language.config" if spec.path is None else f"model.language.path: {spec.path}"
+    kind = _kind(told, where)
     with one_line("model.language", RecipeError, CONTRADICTIONS):
-        toy = tiny_language(str(told.get("model_type")))
+        toy = tiny_language(kind)
         # Its words and its special tokens are the tokenizer's.
         toy = {key: value for key, value in toy.items() if key not in ("vocab_size", *TOKEN_IDS)}
         toy |= _kept(told)
@@ -290,16 +443,19 @@ def _toy_language(
         )
         if positions:
             toy[positions] = POSITIONS
-    tokenizer = _write_tokenizer(spec, folder, templates)
-    return spec.model_copy(update={"path": None, "config": toy, "tokenizer": tokenizer})
+    tokenizer, stops = _write_tokenizer(spec, folder, templates)
+    return spec.model_copy(update={"path": None, "config": toy, "tokenizer": tokenizer}), stops
 
 
 def _layers(config: Mapping[str, Any]) -> int:
     return int(config.get("num_hidden_layers") or config.get("num_transformer_layers") or 2)
 
 
-def _write_tokenizer(spec: LanguageSpec, folder: Path, templates: Iterable[str]) -> str:
-    """A small tokenizer with the words that the templates need; the real one where a template is its own."""
+def _write_tokenizer(spec: LanguageSpec, folder: Path, templates: Iterable[str]) -> tuple[str, list[str]]:
+    """A small tokenizer with the words that the templates need, and those it lacked.
+
+    The real one where a template is its own.
+    """
     names = dict.fromkeys((spec.template, *templates))
     if TokenizerTemplate.name in names:
         real = spec.tokenizer or spec.path or ""
@@ -309,11 +465,12 @@ def _write_tokenizer(spec: LanguageSpec, folder: Path, templates: Iterable[str])
                 f"'{real}' here to read it from; for --tiny choose another, e.g. "
                 f"model.language.template=chatml"
             )
-        return real
+        return real, []
     known = [template for name in names if (template := template_of(name)) is not None]
     told = [text for t in known for text in (t.system, *(t.example or ())) if text]
     tokenizer = tiny_tokenizer(told)
     required = [word for template in known for word in template.required]
+    before = tokenizer.get_vocab()
     if required:
         from transformers import AddedToken
 
@@ -323,27 +480,38 @@ def _write_tokenizer(spec: LanguageSpec, folder: Path, templates: Iterable[str])
         if required[0] == "<|endoftext|>":
             tokenizer.pad_token = required[0]  # as Phi-2, StableLM 2 and Qwen 2 have it
     tokenizer.save_pretrained(str(folder / "tokenizer"))
-    return str(folder / "tokenizer")
+    return str(folder / "tokenizer"), [word for word in dict.fromkeys(required) if word not in before]
 
 
 # What a name stands for
 
 
 def _is_known(name: str, table: Mapping[str, Mapping[str, Any]]) -> bool:
-    return name in table or (Path(locate(name)).expanduser() / "config.json").is_file()
+    return name in table or _config_file(name).is_file()
+
+
+def _config_file(name: str) -> Path:
+    return Path(locate(name)).expanduser() / "config.json"
 
 
 def _known(name: str, table: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
     """A part's config, from its folder or from the table."""
-    folder = Path(locate(name)).expanduser()
-    if (folder / "config.json").is_file():
-        return read_json(folder / "config.json", f"{key}: {folder}")
+    file = _config_file(name)
+    if file.is_file():
+        return read_json(file, f"{key}: {file.parent}")
     if name in table:
         return dict(table[name])
+    what, other, others = ("a tower", "a language model", LANGUAGES)
+    if table is LANGUAGES:
+        what, other, others = ("a language model", "a tower", TOWERS)
+    if name in others:
+        raise RecipeError(f"{key}: '{name}' is {other}; name {what}, docs/published-recipes.md has some")
+    close = difflib.get_close_matches(name, table, n=1, cutoff=0.8)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
     raise RecipeError(
         f"{key}: --tiny does not know what '{name}' is: there is no such folder with a config.json here, and "
-        f"it is none of the {len(table)} Hub names it knows{nearest(name, table)}. Download the part's "
-        f"config.json into a folder and name that, or name one of {', '.join(sorted(table))}"
+        f"docs/published-recipes.md does not list it; name a part of that list, or a folder with the part's "
+        f"config.json{hint}"
     )
 
 

@@ -35,7 +35,7 @@ def find(name: str, table: Mapping[str, Any], what: str) -> Any:
     if not colon or not file.endswith(".py"):
         known = f"known: {', '.join(sorted(table))}" if table else f"no {what} is built in"
         raise RecipeError(
-            f"unknown {what} '{name}'; {known}{nearest(name, table)}. Your own is named 'file.py:Name'."
+            f"unknown {what} '{name}'; {known}; your own is named 'file.py:Name'{nearest(name, table)}"
         )
     module = load_file(Path(file), what)
     if not hasattr(module, attribute):

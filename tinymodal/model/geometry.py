@@ -206,12 +206,17 @@ def _merged(
     ``spatial`` and ``unpad`` of LLaVA-NeXT's ``mm_patch_merge_type``, ``llava/model/llava_arch.py``.
     """
     pieces = set(grids[plan.overview :])
-    if len(pieces) != 1 or len(piece := pieces.pop()) != 2:
+    if any(len(piece) != 2 for piece in pieces):
+        raise ValueError(
+            "tiles are merged by their rows and columns of tokens, and these have none (queries, or a class "
+            "token before them); use merge 'flat', or a connector such as 'mlp' or 'pixel_shuffle'"
+        )
+    if len(pieces) != 1:
         raise ValueError(
             f"tiles are merged only if all have the same rows and columns of tokens, got "
             f"{sorted(set(grids))}; use merge 'flat'"
         )
-    tall, wide = piece
+    tall, wide = pieces.pop()
     height, width = plan.rows * tall, plan.columns * wide
     above, beside = unpadding(plan.source_px, (height, width)) if unpad and plan.canvas_px else (0, 0)
     order: list[int] = []

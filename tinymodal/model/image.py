@@ -139,7 +139,7 @@ class Preparation:
         elif self.resize == "native":
             self._hold(fit_pixels=self.fit_pixels or (tall * wide, tall * wide))
             if len(self.fit_pixels) != 2 or not 1 <= self.fit_pixels[0] <= self.fit_pixels[1]:
-                raise ValueError(f"fit_pixels needs the least and the most pixels, got {self.fit_pixels}")
+                raise ValueError(f"fit_pixels is the least, then the most pixels, got {self.fit_pixels}")
             if self.fit_pixels[1] < self.step_px**2:
                 raise ValueError(
                     f"at most {self.fit_pixels[1]:,} pixels hold no patch of {self.step_px} x "

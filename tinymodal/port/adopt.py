@@ -206,10 +206,8 @@ def composition(source: Source) -> tuple[Composed, Placement]:
     try:
         add_tokens(tokenizer, source.template)
     except RecipeError as fault:
-        raise CheckpointError(
-            f"{source.family}: template '{source.template}' does not suit the tokenizer ({fault}); choose "
-            "another with --template NAME"
-        ) from fault
+        said = str(fault).removeprefix("model.language.template: ").rstrip(".")
+        raise CheckpointError(f"{source.family}: {said}; choose another with --template NAME") from fault
     words = copy.deepcopy(source.language)
     words.vocab_size = max(rows, len(tokenizer))
     vision = copy.deepcopy(source.vision)

@@ -310,8 +310,11 @@ def _train(
     if shown:
         _conclude(work, folder)
         if not work.begun and watch.waiting:
-            told = ", ".join(watch.waiting[:3])
-            say(f"  {len(watch.waiting)} tensors that train have never moved: {told}")
+            told = ", ".join(watch.waiting[:3]) + (", ..." if len(watch.waiting) > 3 else "")
+            say(
+                f"  {len(watch.waiting)} tensors that train have not moved yet, as nothing they do was asked "
+                f"for so far (no pictures, or an adapter's first steps): {told}"
+            )
 
 
 def _look(watch: Watch, stage: Stage, done: int | None, pictures: bool = False) -> str:

@@ -88,6 +88,13 @@ def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
             f"stages.{stage.name}.seq_len is {stage.seq_len}, but the language model reads at most "
             f"{toy.positions} positions; take {toy.positions} or less."
         )
+    least, most = toy.tokens
+    if least > stage.seq_len:
+        counts = f"{least:,} tokens" if least == most else f"{least:,} to {most:,} tokens"
+        raise RecipeError(
+            f"stages.{stage.name}.seq_len is {stage.seq_len}, but a picture takes {counts} and never fits "
+            f"a row; take more than {least}, or a connector that folds more"
+        )
     if "cells" in stage.loss:
         raise RecipeError(
             f"stages.{stage.name}: --tiny makes no data for the cells loss; its data is made anyway, so take "
@@ -108,7 +115,10 @@ def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
         "patches": stage.patches and ROWS * max(sample.num_patches for sample in encoded),
         "workers": 0,
         "lora": _lora(stage.lora),
-        "only": {group: _choice(text, toy.blocks[group]) for group, text in stage.only.items()},
+        "only": {
+            group: _choice(text, toy.blocks[group], f"stages.{stage.name}: only.{group}")
+            for group, text in stage.only.items()
+        },
         "data": tuple(Source(path=str(file), format=form, weight=source.weight) for source in stage.data),
     }
     return stage.model_copy(update=changes)
@@ -122,14 +132,14 @@ def _lora(lora: Lora | None) -> Lora | None:
     return lora.model_copy(update={"rank": RANK, "alpha": alpha})
 
 
-def _choice(text: str, blocks: tuple[int, int]) -> str:
+def _choice(text: str, blocks: tuple[int, int], where: str) -> str:
     """``from layer K`` with K in proportion."""
     layer = read_choice(text).layer
     real, toy = blocks
     if layer is None:
         return text
     if layer >= real:
-        raise RecipeError(f"'{text}', but the part runs {real} blocks, 0 to {real - 1}")
+        raise RecipeError(f"{where}: '{text}', but the part runs {real} blocks, 0 to {real - 1}")
     return f"from layer {min(scaled(layer, real, toy), toy - 1)}"
 
 
