@@ -526,7 +526,7 @@ def test_what_is_wrong_with_a_spec_is_one_line_that_names_its_key(checkpoints):
 def test_loading_something_else_says_what_it_is(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        CheckpointError, match="holds a model of type 'llama', not a composed one; name a language"
+        CheckpointError, match="holds a model of type 'llama', not a composed one; compose it in a recipe"
     ):
         load(checkpoints / "llama")
     with pytest.raises(CheckpointError, match=r"the folder .*runs/nothing/here does not exist"):

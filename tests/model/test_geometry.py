@@ -258,7 +258,7 @@ def test_what_cannot_be_arranged_is_refused():
         arrange(made, [(2, 2)] * 5, merge="unpad")
     with pytest.raises(ValueError, match=r"has no place for tile_start.*use merge 'flat'"):
         arrange(made, [(2, 2)] * 5, ["tile_end"], merge="spatial")
-    with pytest.raises(ValueError, match=r"rows and columns of tokens, got \[\(4,\)\]; use merge 'flat'"):
+    with pytest.raises(ValueError, match=r"these have none \(queries, .*\); use merge 'flat'"):
         arrange(made, [(4,)] * 5, merge="spatial")
     with pytest.raises(ValueError, match="numbered from 0, got -1"):
         arrange(made, [(4,)] * 5, ["id"], number=-1)

@@ -229,7 +229,7 @@ def test_an_adapter_in_a_tower_that_is_not_there_is_refused(tmp_path):
 
 def test_every_example_of_the_page_on_trainability_is_a_stage():
     page = (Path(__file__).parents[2] / "docs" / "trainability.md").read_text()
-    examples = re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1].split("\n\n")
+    examples = re.search(r"```toml pieces\n(.*?)```", page, re.DOTALL)[1].split("\n\n")
     shown = re.findall(r"`((?:train|only|lora) = \{.*?\}|bits = \d)`", page)
     assert len(examples) == 5
     for text in examples:

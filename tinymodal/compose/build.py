@@ -239,7 +239,7 @@ def load(
             + (
                 "name a language model with model.language.path and a tower with model.vision.path"
                 if key
-                else f"bring a checkpoint of another system along with: tinymodal adopt {path} OUT"
+                else f"compose it in a recipe, or bring another system's along: tinymodal adopt {path} OUT"
             )
         )
     with one_line(where, CheckpointError):
