@@ -9,6 +9,7 @@ from tinymodal.cli import main
 from tinymodal.core.config import dump, load
 from tinymodal.core.errors import RecipeError
 from tinymodal.data.sources import open_source
+from tinymodal.train.loop import run
 from tinymodal.train.recipe import Recipe
 from tinymodal.train.shrink import ROWS, SHAPES, STEPS, shrink_recipe
 
@@ -113,10 +114,13 @@ def test_what_the_real_run_would_refuse_is_refused(written, tmp_path):
             shrink_recipe(load(written, Recipe, [change]), tmp_path / "toy")
 
 
-def test_the_cells_loss_has_data_of_its_own(tmp_path):
-    recipe = Path(__file__).resolve().parents[2] / "recipes" / "starter-vision.toml"
-    with pytest.raises(RecipeError, match="makes no data for the cells loss"):
-        shrink_recipe(load(recipe, Recipe), tmp_path)
+def test_a_stage_with_the_cells_loss_keeps_its_made_data_and_trains(tmp_path):
+    pytest.importorskip("sklearn")
+    recipe = load(Path(__file__).resolve().parents[2] / "recipes" / "starter-vision.toml", Recipe)
+    small, _ = shrink_recipe(recipe, tmp_path / "toy")
+    assert small.stages[0].data == recipe.stages[0].data
+    run(small, tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 def test_a_part_that_another_recipe_of_the_folder_makes_is_as_that_one_says(written, tmp_path):

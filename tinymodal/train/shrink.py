@@ -22,6 +22,7 @@ from tinymodal.core.config import load
 from tinymodal.core.errors import RecipeError
 from tinymodal.data.sources import open_source
 from tinymodal.model.processing_tinymodal import TinyModalImageProcessor, TinyModalProcessor
+from tinymodal.train.loop import open_data
 from tinymodal.train.recipe import Lora, Recipe, Source, Stage, read_choice
 
 STEPS = 2
@@ -95,15 +96,16 @@ def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
             f"stages.{stage.name}.seq_len is {stage.seq_len}, but a picture takes {counts} and never fits "
             f"a row; take more than {least}, or a connector that folds more"
         )
-    if "cells" in stage.loss:
-        raise RecipeError(
-            f"stages.{stage.name}: --tiny makes no data for the cells loss; its data is made anyway, so take "
-            f"few steps: stages.{stage.name}.steps=2"
-        )
     template = template_of(stage.template) if stage.template else encoder.template
     captions = bool(getattr(template, "captions_only", False))
-    file, form = (folder / "captions.jsonl", "caption") if captions else (folder / "chats.jsonl", "messages")
-    rows = open_source(str(file), form)
+    if "cells" in stage.loss:
+        data = stage.data  # made already, with what each cell shows
+        rows = open_data(data[0], f"stages.{stage.name}.data[0]")
+    else:
+        toys = ("captions.jsonl", "caption") if captions else ("chats.jsonl", "messages")
+        file, form = folder / toys[0], toys[1]
+        rows = open_source(str(file), form)
+        data = tuple(Source(path=str(file), format=form, weight=source.weight) for source in stage.data)
     own = encoder.using(template=stage.template, train_on=stage.train_on)
     encoded = [own(rows.sample(i)) for i in range(len(SHAPES))]
     seq_len = -(-max(len(sample.ids) for sample in encoded) // 8) * 8
@@ -119,7 +121,7 @@ def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
             group: _choice(text, toy.blocks[group], f"stages.{stage.name}: only.{group}")
             for group, text in stage.only.items()
         },
-        "data": tuple(Source(path=str(file), format=form, weight=source.weight) for source in stage.data),
+        "data": data,
     }
     return stage.model_copy(update=changes)
 
