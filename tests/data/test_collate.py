@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import IGNORE, Encoded, MediaItem
 from tinymodal.data.collate import collate
+from tinymodal.train.packed import reach
 
 PAD, IMAGE, TOKENS = 0, 1, 4
 
@@ -130,6 +131,10 @@ def with_label(at, value):
         (broken(labels=with_label(1, 12)), "position 1 has the label 12 but the id 11"),
         (broken(labels=with_label(3, IMAGE)), "position 3 is a picture's placeholder and trains"),
         (broken(labels=torch.tensor([IGNORE])), "7 ids but 1 labels; expected one label for each id"),
+        (broken(parts=(3, 3)), "parts of [3, 3] positions but 7 ids; expected parts"),
+        (broken(parts=(7, 0)), "parts of [7, 0] positions but 7 ids; expected parts"),
+        (broken(parts=(3, 4)), "1 placeholders for 1 pictures of 4 tokens"),
+        (broken("wttt", media=(), parts=(2, 2)), "the first position trains"),
         (broken(ids=torch.tensor([]), labels=torch.tensor([])), "no tokens; expected at least one"),
         (
             broken("wi", media=(replace(picture(), tile_tokens=(3,)),)),
@@ -157,13 +162,111 @@ def test_two_wrongs_in_a_row_do_not_make_a_right():
         collate([[short, long]], PAD, IMAGE)
 
 
+@settings(deadline=None)
+@given(rows_of_specs, st.integers(0, 3), st.data())
+def test_documents_are_told_by_their_lengths_and_targets_by_document_source_and_modality(rows, spare, data):
+    """The same as the borders that positions show, in plain integers; with samples of several parts too."""
+    samples = [
+        [
+            replace(together(specs), sample_id=f"{r}.{n}", source=data.draw(st.integers(0, 2)))
+            for n, specs in enumerate(data.draw(st.lists(same_pictures(row), min_size=1, max_size=3)))
+        ]
+        for r, row in enumerate(rows)
+    ]
+    length = max(sum(map(len, row)) for row in samples) + spare
+    batch = collate(samples, PAD, IMAGE, pad_to=length, num_sources=3)
+
+    owners, lengths = [], []
+    for row in samples:
+        for sample in row:
+            lengths += sample.parts or (len(sample),)
+            owners += [sample] * (len(sample.parts) or 1)
+        if sum(map(len, row)) < length:
+            lengths.append(length - sum(map(len, row)))
+            owners.append(None)
+    assert batch.lengths == tuple(lengths)
+    assert batch.position_ids.flatten().tolist() == [t for size in lengths for t in range(size)]
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    for at, which, group in zip(batch.target_index, batch.target_document, batch.target_group, strict=True):
+        assert starts[which] <= at < starts[which] + lengths[which]
+        assert group == 2 * owners[which].source + bool(owners[which].media)
+    assert batch.num_sources == 3
+    assert batch.reach == reach(batch)
+
+    pictures = [item.tiles[0] for row in samples for sample in row for item in sample.media]
+    if pictures:
+        assert torch.equal(batch.pixel_values, torch.stack(pictures))  # once, however many parts show them
+        first, takes = 0, []
+        for row in samples:
+            for sample in row:
+                own = range(first, first + TOKENS * len(sample.media))
+                takes += [*own] * (len(sample.parts) or 1)
+                first = own.stop
+        assert batch.image_take.tolist() == takes
+        assert len(batch.image_put) == len(takes)
+
+
+def same_pictures(row):
+    """Parts of one sample: specs with as many pictures, here the first of ``row`` and others without."""
+    words = st.text("wt", min_size=0, max_size=3)
+    return st.lists(words, min_size=1, max_size=3).map(lambda tails: [row[0] + tail for tail in tails])
+
+
+def together(specs):
+    """One sample of a document for each spec; of one spec, without parts."""
+    documents = [document(spec) for spec in specs]
+    return replace(
+        documents[0],
+        ids=torch.cat([d.ids for d in documents]),
+        labels=torch.cat([d.labels for d in documents]),
+        parts=tuple(map(len, documents)) if len(documents) > 1 else (),
+    )
+
+
+def seen(value=0.0, width=6):
+    return replace(picture(), tiles=(torch.full((2, 2, width), value, dtype=torch.bfloat16),), seen=True)
+
+
+def test_features_of_a_tower_stand_in_for_pixels():
+    batch = collate([[replace(document("wit"), media=(seen(n),)) for n in (1, 2)]], PAD, IMAGE)
+    assert batch.pixel_values is None
+    assert batch.image_features.dtype == torch.bfloat16
+    assert torch.equal(batch.image_features, torch.stack([seen(1).tiles[0], seen(2).tiles[0]]))
+    assert batch.image_take.tolist() == list(range(2 * TOKENS))
+    pixels = collate([[document("wit"), document("wit")]], PAD, IMAGE)
+    assert torch.equal(batch.image_put, pixels.image_put)
+
+    wide = replace(document("wit"), media=(seen(3, width=8),))
+    features = collate([[wide], [replace(document("wit"), media=(seen(4),))]], PAD, IMAGE).image_features
+    assert [list(one.shape) for one in features] == [[1, 2, 2, 8], [1, 2, 2, 6]]
+
+
+def test_pixels_beside_features_are_refused_by_name():
+    with pytest.raises(DataError, match=r"chats.jsonl:9: pixels of a picture in a batch with a tower's"):
+        collate([[replace(document("wit"), media=(seen(),))], [broken()]], PAD, IMAGE, pad_to=7)
+
+
+def test_no_rows_are_one_position_of_padding():
+    batch = collate([], PAD, IMAGE, num_sources=2)
+    assert batch.input_ids.tolist() == [[PAD]]
+    assert batch.position_ids.tolist() == [[0]]
+    assert (batch.lengths, batch.sample_ids, batch.num_tokens, batch.num_targets) == ((1,), (), 0, 0)
+    assert batch.reach == ((0, 0),)
+    assert len(batch.target_index) == len(batch.target_document) == len(batch.target_group) == 0
+    assert batch.pixel_values is batch.image_features is batch.image_take is batch.image_put is None
+    assert collate([], PAD, IMAGE, pad_to=8).lengths == (8,)
+
+
+def test_a_source_that_the_stage_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="source 1 of a stage with 1"):
+        collate([[replace(document("wt"), source=1)]], PAD, IMAGE)
+
+
 def test_rows_that_were_packed_wrongly_are_refused():
     with pytest.raises(ValueError, match="a row holds 5 tokens, more than the 4"):
         collate([[document("wt"), document("wtt")]], PAD, IMAGE, pad_to=4)
     with pytest.raises(ValueError, match="rows of at least one sample"):
         collate([[document("wt")], []], PAD, IMAGE)
-    with pytest.raises(ValueError, match="rows of at least one sample"):
-        collate([], PAD, IMAGE)
     with pytest.raises(ValueError, match="padding would be taken for pictures"):
         collate([[document("wt")]], IMAGE, IMAGE)
 

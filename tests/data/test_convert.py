@@ -394,3 +394,64 @@ def assert_one_line(error, *words):
     assert "\n" not in told
     for word in words:
         assert word in told
+
+
+def test_an_image_part_says_how_its_picture_is_cut_and_a_row_keeps_notes(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"a")
+    part = {
+        "type": "image",
+        "image": "a.png",
+        "max_tiles": 3,
+        "fit_pixels": [4, 900],
+        "targets": [[1, 2], [3]],
+    }
+    row = {
+        "id": 7,
+        "meta": {"kind": "toy", "id": "not this", "number": 3},
+        "messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A"}],
+    }
+    sample = messages(row, row_id="r", images=Folders(tmp_path))
+    assert list(sample.media()) == [Image(tmp_path / "a.png", ((1, 2), (3,)), 3, (4, 900))]
+    assert sample.meta == {"kind": "toy", "id": "7"}
+    nothing = {"max_tiles": None, "fit_pixels": None, "targets": None}  # as parquet fills them
+    row["messages"][0]["content"] = [{"type": "image", "image": "a.png", **nothing}]
+    assert list(messages(row, row_id="r", images=Folders(tmp_path)).media()) == [Image(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"max_tiles": 0},
+        {"max_tiles": "3"},
+        {"max_tiles": True},
+        {"fit_pixels": [1]},
+        {"fit_pixels": 3},
+        {"targets": [1]},
+        {"targets": 3},
+    ],
+)
+def test_what_an_image_part_says_wrongly_is_told_with_its_turn(said):
+    part = {"type": "image", "image": "data:image/png;base64,YQ==", **said}
+    row = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A"}]}
+    (key,) = said
+    with pytest.raises(DataError, match=f"r: turn 1: {key} is"):
+        messages(row, row_id="r", images=Folders(Path()))
+
+
+def test_what_travels_with_a_row_comes_before_any_folder(tmp_path):
+    class Inside:
+        def find(self, written):
+            return b"inside" if written == "a.png" else None
+
+        def names(self):
+            return "a.png"
+
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"outside")
+    images = Folders(tmp_path, None, Inside())
+    assert images.picture("a.png", "r") == Image(b"inside")
+    assert images.picture("b.png", "r") == Image(tmp_path / "b.png")
+    with pytest.raises(
+        DataError, match=r"r: picture 'c.png' not found; tried the members of the sample \(a.png"
+    ):
+        images.picture("c.png", "r")

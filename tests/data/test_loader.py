@@ -1,5 +1,5 @@
 import json
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,9 +21,12 @@ class Made:
     """Counts up; every fifth sample has a picture, lengths go from 3 to 22 tokens."""
 
     def sample(self, index):
-        words = f"made {index} " + "w" * (index * 7 % 20)
         parts = (Image(b"%d" % index),) if index % 5 == 0 else ()
-        return Sample((Message("user", parts), Message("assistant", (Text(words),))), id=f"made {index}")
+        return self.words(f"made {index} " + "w" * (index * 7 % 20), f"made {index}", parts)
+
+    @staticmethod
+    def words(words, name="words", parts=()):
+        return Sample((Message("user", parts), Message("assistant", (Text(words),))), id=name)
 
 
 def encode(sample):
@@ -126,6 +129,96 @@ def test_the_number_of_workers_changes_nothing_not_even_across_a_resume(sources)
         second.close()
         assert batches == expected
         assert second.state_dict() == end
+
+
+def test_all_of_a_sample_comes_through_a_worker_unchanged():
+    """Fields too that only some encoders fill, and tiles of any number format."""
+
+    def tile(dtype):
+        return (torch.arange(6) / 7).view(1, 2, 3).to(dtype)
+
+    def rich(sample):
+        number = int(sample.id.split()[1])
+        dtype = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8)[number % 5]
+        media = (
+            MediaItem(
+                "image",
+                (tile(dtype), tile(torch.float32)),
+                (1, 1),
+                1,
+                4,
+                None,
+                (1, 1),
+                torch.tensor([-1, 0]),
+                number % 2 == 0,
+                f"key {number}",
+            ),
+        )
+        plain = encode(sample)
+        return Encoded(plain.ids, plain.labels, media[: number % 3], sample.id, (1, len(plain) - 1))
+
+    here, there = (
+        [
+            *islice(
+                Loader(
+                    [Made(), Made()],
+                    rich,
+                    seq_len=64,
+                    batch_tokens=64,
+                    pad_id=PAD,
+                    image_token_id=IMAGE,
+                    workers=workers,
+                )._open_stream(range(40)),
+                40,
+            )
+        ]
+        for workers in (0, 1)
+    )
+    assert {sample.source for sample in here} == {0, 1}
+    for one, other in zip(here, there, strict=True):
+        assert flat(one) == flat(other)
+
+
+def flat(value):
+    """All of a dataclass, bit for bit, as plain values."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.reshape(-1).view(torch.uint8).tolist()
+    if isinstance(value, tuple):
+        return [flat(part) for part in value]
+    return [flat(getattr(value, f.name)) for f in fields(value)] if is_dataclass(value) else value
+
+
+def test_batches_know_the_source_of_every_target(sources):
+    loader = make(sources, **MIXED)
+    for batch in islice(loader, 8):
+        assert batch.num_sources == 2
+        made = torch.tensor([name.startswith("made") for name in batch.sample_ids])
+        of_document = iter((~made).int().tolist())
+        ends = torch.tensor(batch.lengths).cumsum(0)
+        # Documents of samples in order; tails have no targets.
+        groups = {int(d): int(g) for d, g in zip(batch.target_document, batch.target_group, strict=True)}
+        assert [groups[d] // 2 for d in sorted(groups)] == list(of_document)
+        assert int(ends[-1]) == batch.input_ids.numel()
+
+
+def test_rows_may_be_completed_right_before_they_become_a_batch(sources):
+    def tower(rows):
+        for row in rows:
+            row.samples = [
+                replace(s, media=tuple(replace(m, tiles=(m.tiles[0].half(),), seen=True) for m in s.media))
+                for s in row.samples
+            ]
+        return rows
+
+    plain, completed = make(sources, **MIXED), make(sources, **MIXED, complete=tower)
+    num_pictures = 0
+    for one, other in zip(islice(plain, 6), islice(completed, 6), strict=True):
+        assert one.sample_ids == other.sample_ids
+        assert other.pixel_values is None
+        if one.pixel_values is not None:
+            assert torch.equal(other.image_features, one.pixel_values.half())
+            num_pictures += len(one.pixel_values)
+    assert num_pictures > 5
 
 
 def test_drawing_leaves_the_global_random_numbers_alone(sources):
@@ -268,7 +361,13 @@ def test_a_position_in_other_data_is_refused(sources, tmp_path):
 def test_settings_that_cannot_work_are_refused():
     for options, words in (
         ({"batch_tokens": 63}, "batch_tokens 63 is less than one row of seq_len 64"),
-        ({"bad_rows": "ignore"}, "bad_rows: 'ignore'; expected raise or skip"),
+        ({"bad_rows": "ignore"}, "bad_rows: 'ignore'; expected raise, skip, or how many"),
+        ({"bad_rows": -1}, "bad_rows: -1; expected 0 or more"),
+        ({"bad_rows": True}, "bad_rows: True; expected raise, skip"),
+        ({"batching": "random"}, "batching: 'random'; expected pack or grouped"),
+        ({"ends": "later"}, "ends: 'later'; expected repeat, stop or drop"),
+        ({"ends": "stop", "epochs": [0]}, r"epochs \[0\] of 1 sources; expected 1 or more"),
+        ({"ends": "stop", "epochs": [1, 1]}, r"epochs \[1, 1\] of 1 sources"),
         ({"workers": -1}, "workers: -1"),
         ({"weights": [0]}, "weight: 0"),
     ):

@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -133,3 +134,83 @@ def test_no_source_is_refused_and_the_rarest_is_still_drawn():
         Mixture([])
     mixture = Mixture([Made(), Made()], [1, 1e-9])
     assert sum(draw.source for draw in draws(mixture, 0, 3 * PERIOD)) == 3
+
+
+sources_of = st.lists(st.integers(1, 40), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sources_of, st.integers(0, 99), st.data())
+def test_sources_that_leave_are_read_as_often_as_they_should_and_then_no_more(sizes, seed, data):
+    weights = data.draw(st.lists(st.floats(0.01, 10), min_size=len(sizes), max_size=len(sizes)))
+    epochs = data.draw(st.lists(st.none() | st.integers(1, 3), min_size=len(sizes), max_size=len(sizes)))
+    mixture = Mixture([Sized(size) for size in sizes], weights, seed, "drop", epochs)
+
+    assert mixture.total == sum(size * (times or 1) for size, times in zip(sizes, epochs, strict=True))
+    found = Counter(draws(mixture, 0, mixture.total))
+    assert found == {
+        (n, row): times or 1
+        for n, (size, times) in enumerate(zip(sizes, epochs, strict=True))
+        for row in range(size)
+    }
+    with pytest.raises(IndexError):
+        mixture(mixture.total)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sources_of, st.integers(0, 99), st.data())
+def test_stopping_is_when_the_first_source_has_been_read(sizes, seed, data):
+    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
+    epochs = data.draw(st.lists(st.integers(1, 3), min_size=len(sizes), max_size=len(sizes)))
+    sources = [Sized(size) for size in sizes]
+    mixture = Mixture([*sources, Made()], [*weights, 1], seed, "stop", [*epochs, None])
+
+    found = draws(mixture, 0, mixture.total)
+    drawn = Counter(draw.source for draw in found)
+    ended = [n for n, size in enumerate(sizes) if drawn[n] == size * epochs[n]]
+    assert ended == [found[-1].source]
+    assert all(drawn[n] <= size * epochs[n] for n, size in enumerate(sizes))
+    # Up to there nothing differs from a mixture that goes on.
+    assert found == draws(Mixture([*sources, Made()], [*weights, 1], seed), 0, mixture.total)
+
+
+def test_those_that_stay_keep_their_shares_among_themselves():
+    mixture = Mixture([Sized(500), Sized(9000), Sized(3000)], [2, 3, 1], 4, "drop")
+    sources = [draw.source for draw in draws(mixture, 0, mixture.total)]
+    gone = len(sources) - 1 - sources[::-1].index(0) + 1
+    assert gone == pytest.approx(1500, abs=6)
+    after = Counter(sources[gone : gone + 4000])
+    assert after[1] == pytest.approx(3000, abs=6)
+    assert after[0] == 0
+
+
+def test_a_source_without_a_length_never_leaves():
+    assert Mixture([Made(), Made()], ends="stop").total is None
+    mixture = Mixture([Made(), Sized(5)], ends="drop")
+    assert mixture.total is None
+    drawn = draws(mixture, 0, 2 * PERIOD)
+    assert sorted(draw.row for draw in drawn if draw.source == 1) == list(range(5))
+    assert [draw.row for draw in drawn if draw.source == 0] == list(range(2 * PERIOD - 5))
+
+
+ENDING = ([Sized(900), Sized(7000), Sized(7)], [3, 2, 0.5], 5, "drop", [2, 1, 9])
+IN_ORDER_TO_THE_END = draws(Mixture(*ENDING), 0, 8863)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 8862), min_size=1, max_size=20))
+def test_a_draw_of_a_mixture_that_ends_depends_on_its_number_alone(numbers):
+    one = Mixture(*ENDING)
+    assert [one(n) for n in numbers] == [IN_ORDER_TO_THE_END[n] for n in numbers]
+
+
+def test_an_epoch_of_two_million_rows_takes_little_memory():
+    mixture = Mixture([Sized(2_000_000)])
+    tracemalloc.start()
+    try:
+        mixture(0), mixture(2_000_000), mixture(4_000_000)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 20e6  # two epochs of 4 bytes a row
+    assert most < 120e6

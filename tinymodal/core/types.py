@@ -65,6 +65,8 @@ class Sample:
     messages: tuple[Message, ...]
     id: str
     meta: Mapping[str, str] = field(default_factory=dict)
+    rejected: tuple[Message, ...] | None = None
+    """The same conversation with a worse answer, for the ``dpo`` loss; it shows the same pictures."""
 
     def media(self) -> Iterator[Image]:
         """Every picture in reading order."""
@@ -93,6 +95,10 @@ class MediaItem:
     order: Tensor | None = None
     """int64 [tokens], which embedding stands at each place: from 0 those of the tiles laid end to end, below
     0 the learned marks (``geometry.arrange``). None: one tile, in its own order."""
+    seen: bool = False
+    """The tower has run already: ``tiles`` are its features, [*grid, E] each, in place of pixels."""
+    key: str = ""
+    """Under which the features of the tiles are kept on disk; empty: nowhere. See ``data/cache.py``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,11 @@ class Encoded:
     """int64 [T], unshifted: the label of position t is ``ids[t]`` where it trains, else ``IGNORE``."""
     media: tuple[MediaItem, ...]
     sample_id: str
+    parts: tuple[int, ...] = ()
+    """Lengths of several documents that belong together (an answer and a worse one); empty: one document.
+    Each part shows all of ``media``, which are listed, encoded and counted as patches once."""
+    source: int = 0
+    """Which source of the stage it was drawn from."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -150,10 +161,34 @@ class Batch:
     sample_ids: tuple[str, ...]
     num_tokens: int
     """Positions that hold a document's token; the rest of B*T is padding."""
+    lengths: tuple[int, ...] = ()
+    """Positions of each of the D documents, row by row, a row's padding tail being one of its own; in sum
+    B*T. Plain integers: attention cuts rows by them without asking the device."""
+    reach: tuple[tuple[int, int], ...] = ()
+    """For each of the D documents its positions up to the last target, and its targets: (0, 0) where nothing
+    trains. All that a loss depends on. Where it is empty ``train/packed.py`` finds it, if that needs no
+    wait."""
+    target_document: Tensor | None = None
+    """int64 [N]: which of the D documents each target is in."""
+    target_group: Tensor | None = None
+    """int64 [N]: twice the source of the target's document, plus 1 if that document shows a picture."""
+    num_sources: int = 1
+    pairs: Tensor | None = None
+    """int64 [P, 2]: the documents of a chosen and of a rejected answer; None where there are none."""
+    image_features: Tensor | tuple[Tensor, ...] | None = None
+    """[I, *grid, E], a tower's features from the cache, in place of ``pixel_values``; as there, one tensor
+    for each shape where they differ."""
+    num_draws: int = 0
+    """Draws that this batch is done with: its samples, and what was found unusable since the one before."""
 
     @property
     def num_targets(self) -> int:
         return len(self.target_ids)
+
+    @property
+    def num_positions(self) -> int:
+        """B * T, padding included."""
+        return self.input_ids.numel()
 
     def inputs(self) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """What the model's forward takes, without labels."""

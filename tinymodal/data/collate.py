@@ -5,7 +5,11 @@ positions train, which embedding of which picture goes to which placeholder. Wha
 ``DataError`` with the sample's id; the forward pass has nothing left to check and never waits for the device.
 
 The padding behind the last document of a row is a document of its own: its positions restart at 0, so nothing
-attends from it to the samples, and nothing of it trains.
+attends from it to the samples, and nothing of it trains. No rows at all make one row of one padding position:
+the batch of a process that has run out of data while others have not. It has no targets and no pictures.
+
+A sample of several parts (``Encoded.parts``) is several documents. Its pictures are listed once, go through
+the tower once, and stand in each part.
 """
 
 from __future__ import annotations
@@ -24,75 +28,105 @@ from tinymodal.model.layout import Picture, lay_out
 
 
 def collate(
-    rows: Sequence[Sequence[Encoded]], pad_id: int, image_token_id: int, pad_to: int | None = None
+    rows: Sequence[Sequence[Encoded]],
+    pad_id: int,
+    image_token_id: int,
+    pad_to: int | None = None,
+    num_sources: int = 1,
 ) -> Batch:
     """Lay each row's samples one behind the other.
 
     Args:
-        rows: B rows, each of at least one sample, in the order they were packed.
+        rows: B rows, each of at least one sample, in the order they were packed; none: one row of padding.
         pad_id: token that fills the tails; any but ``image_token_id``.
         image_token_id: the placeholder that one embedding of a picture replaces.
         pad_to: T; the longest row by default.
+        num_sources: of the stage; every sample's ``source`` is below it.
 
     Raises:
         DataError: a sample whose placeholders, labels or pictures contradict each other; names the sample.
-        ValueError: no sample, or a row longer than ``pad_to``: the caller packed wrongly.
+        ValueError: a row without a sample or longer than ``pad_to``: the caller packed wrongly.
     """
-    if not rows or not all(len(row) for row in rows):
+    if not all(len(row) for row in rows):
         raise ValueError(f"collate needs rows of at least one sample each, got {[len(row) for row in rows]}")
     if pad_id == image_token_id:
         raise ValueError(f"pad_id and image_token_id are both {pad_id}; padding would be taken for pictures")
-    filled = [sum(document.ids.numel() for document in row) for row in rows]
-    length = max(filled) if pad_to is None else pad_to
+    filled = [sum(sample.ids.numel() for sample in row) for row in rows] or [0]
+    length = max(*filled, 1) if pad_to is None else pad_to
     if max(filled) > length:
         raise ValueError(f"a row holds {max(filled)} tokens, more than the {length} of the batch")
 
-    ids, labels, sizes = [], [], []
-    owners: list[Encoded | None] = []  # None: a padding tail
-    for row, used in zip(rows, filled, strict=True):
-        for document in row:
-            _check_lengths(document)
-            ids.append(document.ids)
-            labels.append(document.labels)
-            sizes.append(document.ids.numel())
-            owners.append(document)
+    ids, labels = [], []
+    sizes: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    owners: list[Encoded | None] = []  # of each document; None: a padding tail
+    for row, used in zip(rows or [()], filled, strict=True):
+        for sample in row:
+            _check_lengths(sample, num_sources)
+            parts = sample.parts or (sample.ids.numel(),)
+            ids.append(sample.ids)
+            labels.append(sample.labels)
+            if len(sample.parts) == 2:
+                pairs.append((len(sizes), len(sizes) + 1))
+            sizes += parts
+            owners += [sample] * len(parts)
         if used < length:
             ids.append(torch.full((length - used,), pad_id))
             labels.append(torch.full((length - used,), IGNORE))
             sizes.append(length - used)
             owners.append(None)
-    ids_F, labels_F, sizes_D = (
-        torch.cat(ids),
-        torch.cat(labels),
-        torch.tensor(sizes),
-    )  # F = B*T, rows end to end
+    # F = B*T, rows end to end
+    ids_F, labels_F, sizes_D = torch.cat(ids), torch.cat(labels), torch.tensor(sizes)
     starts_D = sizes_D.cumsum(0) - sizes_D
     places_F = ids_F == image_token_id
     trains_F = labels_F != IGNORE
     _check_labels(owners, ids_F, labels_F, trains_F, places_F, starts_D)
     _check_places(owners, places_F, starts_D, sizes_D)
 
-    pictures = [(item, document.sample_id) for row in rows for document in row for item in document.media]
+    samples = [sample for row in rows for sample in row]
+    pictures = [(item, sample.sample_id) for sample in samples for item in sample.media]
+    seen = _seen(pictures)
     tiles, take_K = gather(pictures) if pictures else ((), None)
-    put_K = places_F.nonzero().squeeze(1)
+    if take_K is not None and any(sample.parts for sample in samples):
+        take_K = _show_again(samples, take_K)
+    images = None if not pictures else tiles[0] if len(tiles) == 1 else tiles
     next_N = trains_F.nonzero().squeeze(1)
+    document_F = torch.arange(len(sizes)).repeat_interleave(sizes_D)
+    groups_D = torch.tensor([2 * owner.source + bool(owner.media) if owner else 0 for owner in owners])
     return Batch(
-        input_ids=ids_F.view(len(rows), length),
-        labels=labels_F.view(len(rows), length),
-        position_ids=(torch.arange(len(ids_F)) - starts_D.repeat_interleave(sizes_D)).view(len(rows), length),
-        pixel_values=None if not pictures else tiles[0] if len(tiles) == 1 else tiles,
+        input_ids=ids_F.view(-1, length),
+        labels=labels_F.view(-1, length),
+        position_ids=(torch.arange(len(ids_F)) - starts_D[document_F]).view(-1, length),
+        pixel_values=None if seen else images,
         image_take=take_K,
-        image_put=put_K if pictures else None,
+        image_put=places_F.nonzero().squeeze(1) if pictures else None,
         # No document's first label trains, so the position before a target is always in the same document.
         target_index=next_N - 1,
         target_ids=labels_F[next_N],
         image_targets=_targets(pictures),
-        sample_ids=tuple(document.sample_id for row in rows for document in row),
+        sample_ids=tuple(sample.sample_id for sample in samples),
         num_tokens=sum(filled),
+        lengths=tuple(sizes),
+        reach=_reach(sizes_D, starts_D, document_F[next_N], next_N - 1),
+        target_document=document_F[next_N],
+        target_group=groups_D[document_F[next_N]],
+        num_sources=num_sources,
+        image_features=images if seen else None,
+        pairs=torch.tensor(pairs) if pairs else None,
     )
 
 
-def _check_lengths(document: Encoded) -> None:
+def _reach(
+    lengths_D: Tensor, starts_D: Tensor, document_N: Tensor, target_N: Tensor
+) -> tuple[tuple[int, int], ...]:
+    """For each document its positions up to the last target (places ``target_N``), and its targets."""
+    counts_D = torch.bincount(document_N, minlength=len(lengths_D))
+    within_N = target_N - starts_D[document_N] + 1
+    far_D = torch.zeros_like(lengths_D).scatter_reduce_(0, document_N, within_N, "amax")
+    return tuple(zip(far_D.tolist(), counts_D.tolist(), strict=True))
+
+
+def _check_lengths(document: Encoded, num_sources: int) -> None:
     if not document.ids.numel():
         raise DataError(f"{document.sample_id}: no tokens; expected at least one. Remove the sample")
     if document.labels.numel() != document.ids.numel():
@@ -100,6 +134,13 @@ def _check_lengths(document: Encoded) -> None:
             f"{document.sample_id}: {len(document.ids)} ids but {len(document.labels)} labels; expected one "
             f"label for each id, as the encoder gives them"
         )
+    if document.parts and (min(document.parts) < 1 or sum(document.parts) != document.ids.numel()):
+        raise DataError(
+            f"{document.sample_id}: parts of {list(document.parts)} positions but {len(document.ids)} ids; "
+            f"expected parts of at least one that make up all, as the encoder gives them"
+        )
+    if not 0 <= document.source < num_sources:
+        raise ValueError(f"{document.sample_id}: source {document.source} of a stage with {num_sources}")
 
 
 def _check_labels(
@@ -142,6 +183,24 @@ def _check_places(
                 f"tokens in all; expected as many placeholders as tokens. Encode the sample again with this "
                 f"model's processor"
             )
+
+
+def _seen(pictures: Sequence[tuple[MediaItem, str]]) -> bool:
+    """Whether the tower has run for these pictures; a batch is either way for all of them."""
+    seen = [sample_id for item, sample_id in pictures if item.seen]
+    if seen and len(seen) < len(pictures):
+        pixels = next(sample_id for item, sample_id in pictures if not item.seen)
+        raise DataError(
+            f"{pixels}: pixels of a picture in a batch with a tower's features ({seen[0]}); expected one or "
+            f"the other. Complete the rows from the cache, or train without it"
+        )
+    return bool(seen)
+
+
+def _show_again(samples: Sequence[Encoded], take_K: Tensor) -> Tensor:
+    """``take_K`` of pictures that are listed once, repeated for each part that shows them."""
+    own = take_K.split([sum(item.tokens for item in sample.media) for sample in samples])
+    return torch.cat([take.repeat(len(s.parts) or 1) for s, take in zip(samples, own, strict=True)])
 
 
 def gather(pictures: Sequence[tuple[MediaItem, str]]) -> tuple[tuple[Tensor, ...], Tensor]:

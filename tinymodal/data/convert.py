@@ -17,7 +17,7 @@ import base64
 import binascii
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
@@ -38,6 +38,18 @@ class Convert(Protocol):
     def __call__(self, row: Row, *, row_id: str, images: Folders) -> Sample: ...
 
 
+class Members(Protocol):
+    """The files that travel with one row, as in a shard."""
+
+    def find(self, written: str) -> bytes | None:
+        """The bytes of the one that a row means by ``written``; None if there is none."""
+        ...
+
+    def names(self) -> str:
+        """All of them, for an error."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Folders:
     """Where the pictures of one data file may lie."""
@@ -46,6 +58,8 @@ class Folders:
     """The folder of the data file: written paths are tried from here first."""
     images: Path | None = None
     """The source's ``images`` folder: written paths are tried from here, then by file name alone."""
+    members: Members | None = None
+    """What lies beside the row in its shard: it comes before any folder."""
 
     def picture(self, value: object, row_id: str) -> Image:
         """The picture that a row's value stands for.
@@ -82,7 +96,10 @@ class Folders:
                 f"{row_id}: the picture is a web address ({_short(written)}); nothing is downloaded while "
                 f"training. Download it and write its path"
             )
-        return Image(self.find(written.removeprefix("file://"), row_id))
+        written = written.removeprefix("file://")
+        if self.members is not None and (raw := self.members.find(written)) is not None:
+            return Image(raw)
+        return Image(self.find(written, row_id))
 
     def find(self, written: str, row_id: str) -> Path:
         """The file that ``written`` means; beside the data file, under ``images``, by name in ``images``."""
@@ -99,6 +116,8 @@ class Folders:
             if _is_file(path):
                 return path
         where = ", ".join(dict.fromkeys(_short(str(path)) for path in tried))
+        if self.members is not None:
+            where = f"the members of the sample ({_short(self.members.names())}), {where}"
         advice = (
             "name the pictures' folder in the source's images key" if self.images is None else "put it there"
         )
@@ -141,7 +160,8 @@ def messages(row: Row, *, row_id: str, images: Folders) -> Sample:
 
     A part is ``{"type": "text", "text"}``, ``{"type": "image", "image" | "path" | "bytes"}``, or ``{"type":
     "image_url", "image_url": {"url": path or data: URL}}``. ``{"type": "image"}`` alone takes the next of the
-    row's ``images`` list. ``"train": false`` on a message keeps a reply out of the loss.
+    row's ``images`` list. ``"train": false`` on a message keeps a reply out of the loss. An image part may
+    have ``max_tiles``, ``fit_pixels`` and ``targets``, see ``Image``; ``meta`` of the row may hold words.
     """
     given = [images.picture(value, row_id) for value in _listed(row.get("images"))]
     bare = iter(given)
@@ -170,7 +190,12 @@ def messages(row: Row, *, row_id: str, images: Folders) -> Sample:
             f"{_many(len(given) - left, 'image part')} without "
             f'its own; expected as many. Add a part {{"type": "image"}} where each belongs'
         )
-    return _sample(turns, row, row_id)
+    sample = _sample(turns, row, row_id)
+    noted = row.get("meta")
+    if not isinstance(noted, Mapping):
+        return sample
+    words = {str(key): value for key, value in noted.items() if isinstance(value, str)}
+    return replace(sample, meta={**words, **sample.meta})
 
 
 def caption(row: Row, *, row_id: str, images: Folders) -> Sample:
@@ -204,7 +229,55 @@ def vqa(row: Row, *, row_id: str, images: Folders) -> Sample:
     return _sample([Message("user", asked), Message("assistant", (Text(answer),))], row, row_id)
 
 
-CONVERTERS: dict[str, Convert] = {"llava": llava, "messages": messages, "caption": caption, "vqa": vqa}
+def preference(row: Row, *, row_id: str, images: Folders) -> Sample:
+    """Two answers to one question, ``chosen`` and ``rejected``: words, or turns.
+
+    The question is ``question`` (or ``prompt``) in words with the row's ``image``, as in RLHF-V; or turns in
+    ``prompt`` (or ``messages``), as :func:`messages` reads them. Turns of an answer are what follows these,
+    or the whole conversation where there is no question beside it.
+    """
+    asked = next((row[key] for key in ("prompt", "messages", "question") if row.get(key) is not None), None)
+    shown = _listed(row.get("images") if row.get("images") is not None else row.get("image"))
+    if isinstance(asked, str):
+        words = [{"type": "text", "text": asked}]
+        asked = [{"role": "user", "content": [*({"type": "image"} for _ in shown), *words]}]
+    if asked is not None and not isinstance(asked, list | tuple):
+        raise DataError(f"{row_id}: the question is {_kind(asked)}; expected words or a list of turns")
+    samples = []
+    for key in ("chosen", "rejected"):
+        answer = row.get(key)
+        if answer is None:
+            found = ", ".join(map(str, row)) or "nothing"
+            raise DataError(f"{row_id}: no {key} answer in the row (it has {found}); add it")
+        if isinstance(answer, str):
+            if asked is None:
+                raise DataError(f"{row_id}: {key} is words, but nothing was asked; add question or prompt")
+            answer = [{"role": "assistant", "content": answer}]
+        if isinstance(answer, Mapping):
+            answer = [answer]
+        turns = [*(asked or ()), *_turns({**row, key: answer}, key, row_id, "messages")]
+        try:
+            whole = {**row, "messages": turns, "images": shown}
+            samples.append(messages(whole, row_id=row_id, images=images))
+        except DataError as error:
+            raise DataError(str(error).replace(f"{row_id}:", f"{row_id}: {key}:", 1)) from error
+    chosen, rejected = samples
+    if list(chosen.media()) != list(rejected.media()):
+        raise DataError(
+            f"{row_id}: the chosen and the rejected answer show different pictures; expected the same ones"
+        )
+    if chosen.messages == rejected.messages:
+        raise DataError(f"{row_id}: the chosen and the rejected answer are the same; remove the row")
+    return replace(chosen, rejected=rejected.messages)
+
+
+CONVERTERS: dict[str, Convert] = {
+    "llava": llava,
+    "messages": messages,
+    "caption": caption,
+    "vqa": vqa,
+    "preference": preference,
+}
 
 _LLAVA_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -276,15 +349,13 @@ def _part(part: object, bare: Iterator[Image], images: Folders, row_id: str, num
             own = next(
                 (part[key] for key in ("image", "bytes", "path", "url") if part.get(key) is not None), None
             )
-            if own is not None:
-                return images.picture(own, row_id)
-            picture = next(bare, None)
+            picture = next(bare, None) if own is None else images.picture(own, row_id)
             if picture is None:
                 raise DataError(
                     f"{where}: more image parts than pictures; expected a path in the part (image) or one "
                     f"more in the row's images list. Add it, or remove the part"
                 )
-            return picture
+            return _as_asked(picture, part, where)
         case "image_url":
             url = part.get("image_url")
             url = url.get("url") if isinstance(url, Mapping) else url
@@ -298,6 +369,35 @@ def _part(part: object, bare: Iterator[Image], images: Folders, row_id: str, num
                 f"{where}: a part of type {other!r}; expected text, image or image_url. Rename it, or leave "
                 f"it out"
             )
+
+
+def _as_asked(picture: Image, part: Row, where: str) -> Image:
+    """The picture with what its part says about its size and, for made data, its contents."""
+    tiles, pixels, targets = (part.get(key) for key in ("max_tiles", "fit_pixels", "targets"))
+    if tiles is not None and not (_whole(tiles) and tiles > 0):
+        raise DataError(f"{where}: max_tiles is {tiles!r}; expected a whole number above 0, or no such key")
+    if pixels is not None and not (_wholes(pixels) and len(pixels) == 2):
+        raise DataError(
+            f"{where}: fit_pixels is {str(pixels)[:40]}; expected two whole numbers, the least and the most, "
+            f"or no such key"
+        )
+    if targets is not None and not (isinstance(targets, list) and all(map(_wholes, targets))):
+        raise DataError(
+            f"{where}: targets is {str(targets)[:40]}; expected a list of whole numbers for each token, or "
+            f"no such key"
+        )
+    if tiles is None and pixels is None and targets is None:
+        return picture
+    cells = None if targets is None else tuple(tuple(cell) for cell in targets)
+    return Image(picture.source, cells, tiles, None if pixels is None else (pixels[0], pixels[1]))
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wholes(value: object) -> bool:
+    return isinstance(value, list) and all(map(_whole, value))
 
 
 def _cut(words: str, pictures: Iterator[Image]) -> Iterator[Part]:

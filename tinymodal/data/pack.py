@@ -22,8 +22,8 @@ the same in rows of 2,048: a third picture never fits    14.9 %    21.9 %
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypedDict, overload
 
 from tinymodal.core.errors import RecipeError
 from tinymodal.core.types import Encoded
@@ -65,6 +65,13 @@ class Row(Sequence[Encoded]):
         self.indices.append(index)
         self.tokens += encoded.ids.numel()
         self.patches += encoded.num_patches
+
+
+class State(TypedDict):
+    """Where the samples wait that are in no batch yet, by the numbers they were drawn as."""
+
+    open: list[list[int]]
+    ready: list[list[int]]
 
 
 class Packer:
@@ -146,6 +153,50 @@ class Packer:
         # By identity: rows compare by content otherwise, and tensors have no single truth.
         self._open = [other for other in self._open if other is not row]
         return row
+
+
+class PackedBatches:
+    """Samples in, batches of ``num_rows`` packed rows out."""
+
+    def __init__(self, packer: Packer, num_rows: int) -> None:
+        self.packer = packer
+        self.num_rows = num_rows
+        self._ready: list[Row] = []
+        self._ended = False
+
+    @property
+    def dropped(self) -> list[Dropped]:
+        return self.packer.dropped
+
+    def add(self, encoded: Encoded, index: int = 0) -> None:
+        """Place one sample, see :meth:`Packer.add`."""
+        self._ready += self.packer.add(encoded, index)
+
+    def end(self) -> None:
+        """No sample comes any more: open rows are closed as they are, and the last batch may have fewer."""
+        self._ready += self.packer.flush()
+        self._ended = True
+
+    def take(self) -> list[Row] | None:
+        """The next batch; None while more samples have to come."""
+        if not self._ready or (len(self._ready) < self.num_rows and not self._ended):
+            return None
+        rows, self._ready = self._ready[: self.num_rows], self._ready[self.num_rows :]
+        return rows
+
+    def state(self) -> State:
+        """The index of every sample in an open row, or in one that waits for its batch to fill."""
+        return {"open": self.packer.state(), "ready": [list(row.indices) for row in self._ready]}
+
+    def restore(self, state: State, again: Callable[[int], Encoded]) -> None:
+        """Wait as in an earlier :meth:`state`; ``again`` gives a sample by its index."""
+        self.packer.restore([(again(n), n) for n in row] for row in state["open"])
+        self._ready, self._ended = [], False
+        for indices in state["ready"]:
+            row = Row()
+            for n in indices:
+                row.append(again(n), n)
+            self._ready.append(row)
 
 
 def _fill(row: Row) -> int:

@@ -1,35 +1,43 @@
 """Data files as numbered rows: ``open_source("chats/*.jsonl", "messages")``.
 
-What stays in memory is where each row lies (16 bytes), never the rows: 665,000 of them take 11 MB, and worker
-processes share those. No file stays open, so a source can be pickled and forked. Opening 100,000 rows of 850
-bytes takes 0.2 s for .jsonl and 1.1 s for a .json list, which is read whole once; a row then takes 35 µs.
+Memory does not grow with the files. Where each row lies is found once, kept beside the file and mapped into
+memory (``data/index.py``); a row is read when it is asked for. Starting with 2,000,000 rows of 500 bytes took
+1.5 s of one core the first time and 0.02 s from then on, and the process 150 MB in all; a row then takes 23
+µs. No file stays open, so a source can be pickled and forked, and workers share what is mapped.
 
 Parquet is read by row group, and a group is the least that can be read. So the groups are told to the mixture
 (``Rows.blocks``), which keeps ``WINDOW`` of them in play at a time: rows of 50 KB in groups of 100 take 0.3
-ms, in any order they took 4.2 ms. Files written with about 100 rows a group suit this best.
+ms, in any order they took 4.2 ms. Files written with about 100 rows a group suit this best. A group of more
+than ``HEAVY_BYTES`` is written out once as a file that can be mapped, see ``data/spool.py``.
 
-A ``row_id`` is ``file:row`` with rows (of .jsonl: lines) counted from 1, as an editor counts.
+A ``row_id`` is ``file:row`` with rows (of .jsonl: lines) counted from 1, as an editor counts; in a tar file
+``file:key``.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
-import re
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tinymodal.core.errors import DataError, TinyModalError
+from tinymodal.core.log import say
 from tinymodal.core.lookup import find
 from tinymodal.core.types import Sample
-from tinymodal.data.convert import CONVERTERS, Convert, Folders
+from tinymodal.data.convert import CONVERTERS, Convert, Folders, Members
+from tinymodal.data.index import Scan, open_index
+from tinymodal.data.scan import scan_json, scan_jsonl
+from tinymodal.data.spool import Spool, spool_folder
+from tinymodal.data.tar import TarRows
+
+HEAVY_BYTES = 64_000_000
+"""A row group of parquet with more than this, unpacked, is not kept in memory."""
 
 WINDOW = 8
 """Row groups of parquet that are shuffled together, and that stay decoded in memory, of all files of a
@@ -42,12 +50,34 @@ class Source(Protocol):
     def sample(self, index: int) -> Sample: ...
 
 
+class Rowed(Protocol):
+    """One file of rows."""
+
+    path: Path
+    blocks: tuple[int, ...] | None
+    """Rows in each stretch that is read at once; None where every row is read by itself."""
+
+    def __len__(self) -> int: ...
+
+    def label(self, n: int) -> str:
+        """How row ``n`` is found in the file by a person."""
+        ...
+
+    def row(self, n: int) -> Any: ...
+
+    def members(self, n: int) -> Members | None:
+        """The files that belong to row ``n`` alone."""
+        ...
+
+
 class Rows:
     """The rows of one or more files of one format, in the order of the files' names."""
 
-    def __init__(
-        self, files: Sequence[_JsonRows | _ParquetRows], convert: Convert, images: Path | None
-    ) -> None:
+    in_order = False
+    """Whether rows far apart cannot be read one after the other: the mixture then goes through ``blocks`` in
+    order, and shuffles inside ``WINDOW`` of them."""
+
+    def __init__(self, files: Sequence[Rowed], convert: Convert, images: Path | None) -> None:
         self.files = tuple(files)
         self.convert = convert
         self.images = images
@@ -70,51 +100,62 @@ class Rows:
     def row(self, index: int) -> dict[str, Any]:
         """Row ``index`` as it was written; ``DataError`` with file and row if it cannot be read."""
         file, n = self._place(index)
-        row = file.row(n)
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{self.row_id(index)}: the row is {type(row).__name__} ({str(row)[:40]!r}); expected an "
-                f"object with named values. Write it as {{...}}"
-            )
-        return row
+        return checked(file.row(n), self.row_id(index))
 
     def row_id(self, index: int) -> str:
         file, n = self._place(index)
-        return f"{file.path}:{file.number(n)}"
+        return f"{file.path}:{file.label(n)}"
 
     def sample(self, index: int) -> Sample:
         """Row ``index`` converted. What a converter of yours raises becomes a ``DataError`` of that row."""
-        file, _ = self._place(index)
-        row, row_id = self.row(index), self.row_id(index)
-        folders = Folders(file.path.parent, self.images)
-        if self.convert in CONVERTERS.values():
-            return self.convert(row, row_id=row_id, images=folders)
-        try:
-            sample = self.convert(row, row_id=row_id, images=folders)
-            if not isinstance(sample, Sample):
-                raise TypeError(f"it returned {type(sample).__name__}")
-            return sample
-        except TinyModalError:
-            raise
-        except Exception as error:
-            name = getattr(self.convert, "__name__", "your converter")
-            raise DataError(
-                f"{row_id}: {name} raised {type(error).__name__}: {_line(error)}. Expected a Sample; correct "
-                f"the row or the function (TINYMODAL_DEBUG=1 shows where)"
-            ) from error
+        file, n = self._place(index)
+        folders = Folders(file.path.parent, self.images, file.members(n))
+        return converted(self.convert, self.row(index), self.row_id(index), folders)
 
-    def _place(self, index: int) -> tuple[_JsonRows | _ParquetRows, int]:
+    def _place(self, index: int) -> tuple[Rowed, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         which = bisect_right(self._ends, index)
         return self.files[which], index - (self._ends[which - 1] if which else 0)
 
 
-def open_source(path: str | Path, format: str, images: str | Path | None = None) -> Rows:
+def checked(row: Any, row_id: str) -> dict[str, Any]:
+    """The row, if it is one."""
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{row_id}: the row is {type(row).__name__} ({str(row)[:40]!r}); expected an object with named "
+            f"values. Write it as {{...}}"
+        )
+    return row
+
+
+def converted(convert: Convert, row: dict[str, Any], row_id: str, folders: Folders) -> Sample:
+    """The row as a sample. What a converter of yours raises becomes a ``DataError`` of that row."""
+    if convert in CONVERTERS.values():
+        return convert(row, row_id=row_id, images=folders)
+    try:
+        sample = convert(row, row_id=row_id, images=folders)
+        if not isinstance(sample, Sample):
+            raise TypeError(f"it returned {type(sample).__name__}")
+        return sample
+    except TinyModalError:
+        raise
+    except Exception as error:
+        name = getattr(convert, "__name__", "your converter")
+        raise DataError(
+            f"{row_id}: {name} raised {type(error).__name__}: {one_line(error)}. Expected a Sample; correct "
+            f"the row or the function (TINYMODAL_DEBUG=1 shows where)"
+        ) from error
+
+
+def open_source(
+    path: str | Path | Sequence[str | Path], format: str, images: str | Path | None = None
+) -> Rows:
     """Open the data files that ``path`` names.
 
     Args:
-        path: a .json (list of rows), .jsonl (a row a line) or .parquet file; or a pattern, ``chats/*.jsonl``.
+        path: a .json (list of rows), .jsonl (a row a line), .parquet or .tar file; a pattern,
+            ``chats/*.jsonl``; or several of these, which are read one behind the other.
         format: a name in ``CONVERTERS``, or ``"my_rows.py:convert"``.
         images: folder of the pictures, where paths in the rows are not relative to the data file.
 
@@ -122,15 +163,32 @@ def open_source(path: str | Path, format: str, images: str | Path | None = None)
         DataError: no such file, an unknown kind of file, a broken list, or no row at all.
     """
     convert = find(format, CONVERTERS, "row format")
+    folder = picture_folder(images, str(path))
+    paths = [path] if isinstance(path, str | Path) else list(path)
+    named = [file for one in paths for file in _files(one)]
+    if len(set(named)) < len(named):
+        twice = Counter(named).most_common(1)[0][0]
+        raise DataError(
+            f"{twice}: named twice by the paths of one source ({', '.join(map(str, paths))}); expected once. "
+            f"Correct the patterns, or raise the source's weight"
+        )
+    files = [_open_file(file) for file in named]
+    if not sum(map(len, files)):
+        told = path if isinstance(path, str | Path) else ", ".join(map(str, paths))
+        raise DataError(f"{told}: no rows; expected at least one. Remove the source, or fill the file")
+    if all(isinstance(file, TarRows) and file.is_lost for file in files):
+        files[0].row(0)
+    return Rows(files, convert, folder)
+
+
+def picture_folder(images: str | Path | None, source: str) -> Path | None:
+    """The ``images`` folder of a source, which must exist."""
     folder = Path(images).expanduser() if images is not None else None
     if folder is not None and not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder of pictures (key images of the source {path}); correct the path"
+            f"{folder}: no such folder of pictures (key images of the source {source}); correct the path"
         )
-    files = [_open_file(file) for file in _files(path)]
-    if not sum(map(len, files)):
-        raise DataError(f"{path}: no rows; expected at least one. Remove the source, or fill the file")
-    return Rows(files, convert, folder)
+    return folder
 
 
 def _files(path: str | Path) -> list[Path]:
@@ -138,10 +196,11 @@ def _files(path: str | Path) -> list[Path]:
     if pattern.is_file():
         return [pattern]
     if pattern.is_dir():
-        raise DataError(f"{path}: a folder; expected files. Name them, for example {pattern / '*.jsonl'}")
+        ending = ".tar" if next(pattern.glob("*.tar"), None) else ".jsonl"
+        raise DataError(f"{path}: a folder; expected files. Name them, for example {pattern / f'*{ending}'}")
     found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if Path(name).is_file())
     if not found:
-        beside = sorted(file.name for file in pattern.parent.glob("*") if file.suffix in _READERS)[:5]
+        beside = sorted(file.name for file in pattern.parent.glob("*") if file.suffix in READABLE)[:5]
         there = (
             f"{pattern.parent} holds {', '.join(beside)}"
             if beside
@@ -151,11 +210,11 @@ def _files(path: str | Path) -> list[Path]:
     return found
 
 
-def _open_file(path: Path) -> _JsonRows | _ParquetRows:
-    reader = _READERS.get(path.suffix.lower())
+def _open_file(path: Path) -> Rowed:
+    reader = READABLE.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"{path}: a file of kind {path.suffix!r}; expected {', '.join(_READERS)}. Convert or rename it"
+            f"{path}: a file of kind {path.suffix!r}; expected {', '.join(READABLE)}. Convert or rename it"
         )
     try:
         return reader(path)
@@ -168,112 +227,42 @@ class _JsonRows:
 
     blocks: tuple[int, ...] | None = None
 
-    def __init__(
-        self, path: Path, spans: Sequence[tuple[int, int]], lines: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, path: Path, scan: Scan) -> None:
         self.path = path
-        self.spans: NDArray[np.int64] = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        # Kept only where blank lines make row and line differ.
-        self.lines = None if lines is None else np.array(lines, dtype=np.int64)
+        self.index = open_index(path, scan)
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return len(self.index.arrays["spans"])
 
-    def number(self, n: int) -> int:
-        return n + 1 if self.lines is None else int(self.lines[n])
+    def label(self, n: int) -> str:
+        # Kept only where blank lines make row and line differ.
+        lines = self.index.arrays.get("lines")
+        return str(n + 1 if lines is None else int(lines[n]))
 
     def row(self, n: int) -> Any:
-        start, end = (int(at) for at in self.spans[n])
+        start, end = self.index.arrays["spans"][n].tolist()
         try:
-            with self.path.open("rb") as file:
-                file.seek(start)
-                return json.loads(file.read(end - start))
+            return json.loads(self.index.read(start, end))
         except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are not UTF-8
             raise DataError(
-                f"{self.path}:{self.number(n)}: not JSON ({error}); expected one object on the line. Correct "
+                f"{self.path}:{self.label(n)}: not JSON ({error}); expected one object on the line. Correct "
                 f"or remove it"
             ) from error
         except OSError as error:
             raise DataError(
-                f"{self.path}:{self.number(n)}: cannot be read ({error.strerror}); is the file still there?"
+                f"{self.path}:{self.label(n)}: cannot be read ({error.strerror}); is the file still there?"
             ) from error
+
+    def members(self, n: int) -> None:
+        return None
 
 
 def _open_jsonl(path: Path) -> _JsonRows:
-    spans, lines, at = [], [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip(_BOM + b" \t\r\n"):
-                spans.append((at, at + len(line)))
-                lines.append(number)
-            at += len(line)
-    return _JsonRows(path, spans, lines if lines and lines[-1] != len(lines) else None)
+    return _JsonRows(path, scan_jsonl)
 
 
 def _open_json(path: Path) -> _JsonRows:
-    """Find where each row of a JSON list lies, without keeping any."""
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 at byte {error.start}; expected UTF-8 text. Save it so"
-        ) from error
-    at = _space(text, 0)
-    if text[at : at + 1] != "[":
-        found = "an object" if text[at : at + 1] == "{" else repr(text[at : at + 20])
-        raise DataError(
-            f"{path}: begins with {found}; expected a list of rows, [...]. If it has a row on each line, "
-            f"name it .jsonl"
-        )
-    decode = json.JSONDecoder().raw_decode
-    # Python counts characters and files count bytes; both walk along together.
-    ascii_only, byte, seen = text.isascii(), len(raw) - len(raw.removeprefix(_BOM)), 0
-
-    def bytes_to(character: int) -> int:
-        nonlocal byte, seen
-        byte += character - seen if ascii_only else len(text[seen:character].encode())
-        seen = character
-        return byte
-
-    spans: list[tuple[int, int]] = []
-    at = _space(text, at + 1)
-    if text[at : at + 1] != "]":
-        while True:
-            try:
-                _, end = decode(text, at)
-            except (ValueError, RecursionError) as error:
-                raise _broken(
-                    path, text, getattr(error, "pos", at), str(getattr(error, "msg", error))
-                ) from error
-            spans.append((bytes_to(at), bytes_to(end)))
-            at = _space(text, end)
-            if text[at : at + 1] != ",":
-                break
-            at = _space(text, at + 1)
-    if text[at : at + 1] != "]" or _space(text, at + 1) != len(text):
-        raise _broken(
-            path, text, at, "expected , or ] and then the end" if at < len(text) else "the list has no end"
-        )
-    return _JsonRows(path, spans)
-
-
-def _broken(path: Path, text: str, at: int, what: str) -> DataError:
-    line = text.count("\n", 0, at) + 1
-    return DataError(
-        f"{path}: broken JSON at line {line}: {what}; expected a list of rows. Correct or restore the file"
-    )
-
-
-def _space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
-
-
-_BOM = b"\xef\xbb\xbf"
-"""What some editors put before UTF-8; json skips it."""
-
-_SPACE = re.compile(r"[ \t\r\n]*")
+    return _JsonRows(path, scan_json)
 
 
 class _Decoded:
@@ -293,12 +282,32 @@ class _Decoded:
         key = path, number
         if key not in self._groups:
             with _parquet(path) as file:
-                # One thread: a pool of threads does not survive the fork of a worker.
-                self._groups[key] = file.read_row_group(number, use_threads=False)
+                self._groups[key] = _heavy(path, file, number) or _light(file, number)
             if len(self._groups) > WINDOW:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
+
+
+def _light(file: Any, number: int) -> Any:
+    # One thread: a pool of threads does not survive the fork of a worker.
+    return file.read_row_group(number, use_threads=False)
+
+
+def _heavy(path: Path, file: Any, number: int) -> Any | None:
+    """A group that would take much memory, mapped from a file it is written to; None for any other."""
+    if file.metadata.row_group(number).total_byte_size < HEAVY_BYTES:
+        return None
+    stat = path.stat()
+    content = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    spool = Spool(spool_folder() / "parquet" / hashlib.sha1(content.encode()).hexdigest()[:20])
+    try:
+        return spool.fetch(
+            f"{number:06}", lambda: file.iter_batches(64, row_groups=[number], use_threads=False)
+        )
+    except OSError as error:
+        say(f"{path}: row group {number + 1} is read into memory: {spool.folder} cannot be written ({error})")
+        return None
 
 
 class _ParquetRows:
@@ -317,8 +326,11 @@ class _ParquetRows:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def number(self, n: int) -> int:
-        return n + 1
+    def label(self, n: int) -> str:
+        return str(n + 1)
+
+    def members(self, n: int) -> None:
+        return None
 
     def row(self, n: int) -> Any:
         number = bisect_right(self._ends, n)
@@ -326,7 +338,7 @@ class _ParquetRows:
             group = self.decoded.group(self.path, number)
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
             raise DataError(
-                f"{self.path}:{n + 1}: cannot be read ({_line(error)}); expected a whole file. Restore it"
+                f"{self.path}:{n + 1}: cannot be read ({one_line(error)}); expected a whole file. Restore it"
             ) from error
         return group.slice(n - (self._ends[number - 1] if number else 0), 1).to_pylist()[0]
 
@@ -340,20 +352,22 @@ def _parquet(path: Path) -> Any:
             f"{path}: reading parquet needs pyarrow, which is not installed; pip install 'tinymodal[data]'"
         ) from error
     try:
-        return pq.ParquetFile(path)
+        # Neither reads ahead: a heavy group is written on piece by piece.
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{path}: not a parquet file ({_line(error)}); expected a whole one. Restore it"
+            f"{path}: not a parquet file ({one_line(error)}); expected a whole one. Restore it"
         ) from error
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-_READERS: dict[str, Callable[[Path], _JsonRows | _ParquetRows]] = {
+READABLE: dict[str, Callable[[Path], Rowed]] = {
     ".json": _open_json,
     ".jsonl": _open_jsonl,
     ".ndjson": _open_jsonl,
     ".parquet": _ParquetRows,
+    ".tar": TarRows,
 }

@@ -1,0 +1,118 @@
+"""Samples on their way from a worker process, without loss and with few messages.
+
+A chunk of samples becomes one ``Bundle``: its pictures go through shared memory as the bytes of one tensor,
+as each tensor sent takes a file handle and about 0.9 ms. The rest is small and goes through the pipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tinymodal.core.errors import DataError
+from tinymodal.core.types import Encoded, MediaItem
+
+
+class Bad(NamedTuple):
+    """A row that cannot be used, in place of its sample."""
+
+    sample_id: str
+    error: DataError
+
+
+class Bundle(NamedTuple):
+    """A chunk of samples."""
+
+    items: list[_Outline | Bad]
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    values: Tensor
+
+
+class _Outline(NamedTuple):
+    """An ``Encoded`` without its tensors."""
+
+    sample_id: str
+    length: int
+    parts: tuple[int, ...]
+    source: int
+    media: list[_Shape]
+
+
+class _Shape(NamedTuple):
+    """A ``MediaItem`` without its tensors."""
+
+    item: MediaItem
+    """With neither tiles nor targets nor order."""
+    tiles: tuple[tuple[torch.dtype, torch.Size], ...]
+    targets: torch.Size | None
+    order: NDArray[np.int64] | None
+
+
+def bundle(chunk: list[Encoded | Bad]) -> Bundle:
+    """Lay the tensors of a chunk end to end."""
+    good = [item for item in chunk if not isinstance(item, Bad)]
+    media = [medium for item in good for medium in item.media]
+    return Bundle(
+        [
+            item
+            if isinstance(item, Bad)
+            else _Outline(item.sample_id, len(item), item.parts, item.source, list(map(_shape, item.media)))
+            for item in chunk
+        ],
+        _flat([item.ids for item in good], torch.int64).numpy(),
+        _flat([item.labels for item in good], torch.int64).numpy(),
+        _flat([medium.targets for medium in media if medium.targets is not None], torch.int64).numpy(),
+        _flat([_bytes(tile) for medium in media for tile in medium.tiles], torch.uint8),
+    )
+
+
+def unbundle(parcel: Bundle) -> Iterator[Encoded | Bad]:
+    """The chunk's items again, in order."""
+    ids, labels, targets = map(torch.from_numpy, (parcel.ids, parcel.labels, parcel.targets))
+    at = values_at = targets_at = 0
+    for item in parcel.items:
+        if isinstance(item, Bad):
+            yield item
+            continue
+        media = []
+        for shape in item.media:
+            tiles = []
+            for dtype, size in shape.tiles:
+                end = values_at + size.numel() * dtype.itemsize
+                # A copy: a view would keep the whole chunk in shared memory while a sample waits in a row.
+                tiles.append(parcel.values[values_at:end].clone().view(dtype).view(size))
+                values_at = end
+            target = None
+            if shape.targets is not None:
+                end = targets_at + shape.targets.numel()
+                target, targets_at = targets[targets_at:end].view(shape.targets), end
+            order = None if shape.order is None else torch.from_numpy(shape.order)
+            media.append(replace(shape.item, tiles=tuple(tiles), targets=target, order=order))
+        end = at + item.length
+        yield Encoded(ids[at:end], labels[at:end], tuple(media), item.sample_id, item.parts, item.source)
+        at = end
+
+
+def _shape(item: MediaItem) -> _Shape:
+    return _Shape(
+        replace(item, tiles=(), targets=None, order=None),
+        tuple((tile.dtype, tile.shape) for tile in item.tiles),
+        None if item.targets is None else item.targets.shape,
+        None if item.order is None else item.order.numpy(),
+    )
+
+
+def _bytes(tile: Tensor) -> Tensor:
+    return tile.reshape(-1).view(torch.uint8)
+
+
+def _flat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else torch.empty(0, dtype=dtype)
