@@ -20,6 +20,8 @@ class FakePrepared:
     patches: int
     tile_tokens: tuple[int, ...]
     order: list[int] | None = None
+    seen: bool = False
+    key: str = ""
 
 
 @dataclass

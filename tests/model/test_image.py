@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinymodal.model.image import Preparation, load_image
+from tinymodal.model import image as reading
+from tinymodal.model.image import Preparation, load_image, load_pixels
 
 MEDIA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "media"
 NASTY = MEDIA / "images_nasty"
@@ -263,6 +265,144 @@ def test_a_photograph_stored_in_four_orientations_is_four_times_the_same():
         assert np.abs(read - upright).mean() < 6, turn
 
 
+# ---- the quick way
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How often simplejpeg decoded a picture without a fault."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    found = []
+
+    def counted(data, **options):
+        pixels = simplejpeg.decode_jpeg(data, **options)
+        found.append(pixels.shape)
+        return pixels
+
+    monkeypatch.setattr(reading, "_jpeg_decoder", lambda: counted)
+    return found
+
+
+def scene(height: int, width: int) -> PIL.Image.Image:
+    """Smooth, with noise on top: no block of it is trivial."""
+    rng = np.random.default_rng(height * 1000 + width)
+    noisy = pixels(photo(height, width)) + rng.integers(-40, 40, (height, width, 3))
+    return PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(40, 60), (47, 61), (1, 9), (16, 16), (333, 17)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:2"},
+        {"subsampling": "4:2:0"},
+        {"subsampling": "4:2:0", "progressive": True, "quality": 30},
+        {"keep_rgb": True},
+        {"restart_marker_rows": 1, "optimize": True},
+        {"grey": True},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_jpeg_read_the_quick_way_is_pillows_to_the_bit(options, size, decoded, tmp_path):
+    image = scene(*size)
+    options = dict(options)
+    if options.pop("grey", False):
+        image = image.convert("L")
+    data = as_file(image, "JPEG", **options)
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(data)
+    expected = np.asarray(load_image(data))
+    for source in (data, path, str(path)):
+        read = load_pixels(source)
+        assert (read.dtype, read.is_contiguous()) == (torch.uint8, True)
+        assert np.array_equal(read.numpy(), expected)
+    assert decoded == [expected.shape] * 3
+
+
+@pytest.mark.parametrize("orientation", [*range(10), 0xFFFF])
+def test_a_jpeg_is_turned_by_the_quick_way_as_by_pillow(orientation, decoded):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = as_file(scene(24, 40), "JPEG", exif=exif)
+    assert np.array_equal(load_pixels(data).numpy(), np.asarray(load_image(data)))
+    assert load_pixels(data).shape == ((40, 24, 3) if orientation in (5, 6, 7, 8) else (24, 40, 3))
+    assert len(decoded) == 2
+
+
+def test_what_is_no_plain_jpeg_goes_the_way_of_pillow_and_gives_the_same(decoded):
+    many = io.BytesIO()
+    scene(20, 30).save(many, "MPO", save_all=True, append_images=[scene(20, 30).rotate(180)])
+    second = PIL.Image.open(io.BytesIO(many.getvalue()))
+    second.seek(1)
+    cases = {
+        "a picture of several": (many.getvalue(), 1),
+        "its second": (second, 0),
+        "CMYK": (as_file(scene(20, 30).convert("CMYK"), "JPEG"), 0),
+        "PNG": (as_file(scene(20, 30), "PNG"), 0),
+        "16 bits": (as_file(PIL.Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)), "PNG"), 0),
+        "transparent": (as_file(PIL.Image.new("RGBA", (9, 9), (1, 2, 3, 90)), "PNG"), 0),
+        "decoded": (scene(20, 30), 0),
+    }
+    for name, (source, quick) in cases.items():
+        decoded.clear()
+        assert np.array_equal(load_pixels(source).numpy(), np.asarray(load_image(source))), name
+        assert len(decoded) == quick, name
+
+
+def test_numbers_are_the_same_without_simplejpeg(monkeypatch):
+    data = as_file(scene(47, 61), "JPEG")
+    quick = load_pixels(data)
+    monkeypatch.setattr(reading, "_jpeg_decoder", lambda: None)
+    assert torch.equal(load_pixels(data), quick)
+
+
+def test_numbers_do_not_share_their_memory_with_the_picture():
+    image = scene(8, 9)
+    load_pixels(image).zero_()
+    assert np.asarray(image).any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(cut=st.integers(0, 3000), flip=st.integers(0, 3000), bit=st.integers(0, 7))
+def test_a_damaged_jpeg_is_read_or_refused_alike_by_both_ways(cut, flip, bit):
+    """Libjpeg mends much silently, and the two ways must agree on what it made of it."""
+    data = bytearray(as_file(scene(40, 60), "JPEG"))
+    data[flip % len(data)] ^= 1 << bit
+    broken = bytes(data[: max(1, len(data) - cut)])
+
+    def outcome(read):
+        try:
+            return np.asarray(read(broken)).tolist()
+        except ValueError as fault:
+            return str(fault)
+
+    assert outcome(load_pixels) == outcome(load_image)
+
+
+def test_both_ways_name_the_picture_as_they_are_told_and_keep_to_the_limit(tmp_path):
+    data = as_file(scene(40, 60), "JPEG")
+    for read in (load_image, load_pixels):
+        with pytest.raises(
+            ValueError, match=r"^shard 3, cat\.jpg: 60 x 40 px are 2,400 pixels, the limit is 2"
+        ):
+            read(data, 2_000, "shard 3, cat.jpg")
+        with pytest.raises(ValueError, match=r"^shard 3, cat\.jpg: broken or cut short .*truncated"):
+            read(data[:900], name="shard 3, cat.jpg")
+        with pytest.raises(ValueError, match="does not exist"):
+            read(tmp_path / "none.jpg")
+
+
+@pytest.mark.skipif(not NASTY.is_dir(), reason="needs ../shared/data/media/images_nasty")
+def test_every_nasty_picture_is_the_same_by_both_ways():
+    for file in sorted(NASTY.iterdir()):
+        if file.name in REFUSED:
+            with pytest.raises(ValueError, match=REFUSED[file.name]):
+                load_pixels(file)
+        elif file.name != "9000x9000.png":
+            assert np.array_equal(load_pixels(file).numpy(), np.asarray(load_image(file))), file.name
+
+
 # ---- preparing
 
 
@@ -277,6 +417,7 @@ def test_a_preparation_survives_json_and_refuses_nonsense():
         {"std": (0.0, 1.0, 1.0)},
         {"resize": "stretch"},
         {"resample": "nearest"},
+        {"resizer": "opencv"},
         {"max_pixels": 0},
         {"max_tiles": -1},
     ):

@@ -12,7 +12,8 @@ never trains (nothing precedes it), nor does a picture's placeholder.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -54,6 +55,7 @@ class Encoder:
         *,
         train_on: TrainOn = "answers",
         max_prompt_tokens: int | None = None,
+        prepare: Callable[..., PreparedImage] | None = None,
     ) -> None:
         """Join them.
 
@@ -63,12 +65,15 @@ class Encoder:
             train_on: ``answers``: the trained spans of the template. ``all``: every token but the first and
                 the pictures, for teaching a new language model its language.
             max_prompt_tokens: longest conversation to reply to, the language model's context; None: any.
+            prepare: reads a picture in place of ``processor.prepare``, with its arguments; a cache that knows
+                what the tower made of it (``data/cache.py``).
 
         Raises:
             CheckpointError: the tokenizer has no offsets, or lacks a token that the template writes.
             RecipeError: nobody knows the template.
         """
         self.processor, self.train_on, self.max_prompt_tokens = processor, train_on, max_prompt_tokens
+        self.prepare = prepare
         self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         try:
             self.template = template_for(template, self.tokenizer) if isinstance(template, str) else template
@@ -97,13 +102,19 @@ class Encoder:
         # stop straddle the end of its span: only its own spelling decides.
         self._greedy = {i: token.content for i, token in added.items() if token.lstrip or token.rstrip}
 
-    def using(self, template: AnyTemplate | str | None = None, train_on: TrainOn | None = None) -> Encoder:
-        """The same processor with another template, or other tokens that train."""
+    def using(
+        self,
+        template: AnyTemplate | str | None = None,
+        train_on: TrainOn | None = None,
+        prepare: Callable[..., PreparedImage] | None = None,
+    ) -> Encoder:
+        """The same processor with another template, other tokens that train, or another way to pictures."""
         return Encoder(
             self.processor,
             self.template if template is None else template,
             train_on=train_on or self.train_on,
             max_prompt_tokens=self.max_prompt_tokens,
+            prepare=prepare or self.prepare,
         )
 
     @property
@@ -123,13 +134,15 @@ class Encoder:
             DataError: names the sample, and the turn or the picture that is wrong with it.
         """
         prepared = self._prepare(sample, reply)
-        _, ids, labels, _ = self._tokenize(sample, reply, len(prepared))
-        if prepared:
-            ids, labels = self._expand(ids, labels, [image.tokens for image in prepared])
-        if ids:
-            labels[0] = IGNORE
-        if not reply and all(label == IGNORE for label in labels):
-            raise DataError(f"{sample.id}: nothing trains; at least one assistant turn must have train on.")
+        ids, labels = self._numbers(sample, reply, prepared)
+        parts: tuple[int, ...] = ()
+        if sample.rejected is not None and not reply:
+            worse = replace(sample, messages=sample.rejected, rejected=None)
+            check_turns(worse, reply, self.template)
+            self._check_words(worse)
+            worse_ids, worse_labels = self._numbers(worse, reply, prepared)
+            parts = len(ids), len(worse_ids)
+            ids, labels = ids + worse_ids, labels + worse_labels
         if reply and self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             raise DataError(
                 f"{sample.id}: the conversation takes {len(ids):,} tokens and the model reads at most "
@@ -139,7 +152,20 @@ class Encoder:
             self._item(sample, n, image, part)
             for n, (image, part) in enumerate(zip(prepared, sample.media(), strict=True), 1)
         )
-        return Encoded(tensor(ids), tensor(labels), media, sample.id)
+        return Encoded(tensor(ids), tensor(labels), media, sample.id, parts)
+
+    def _numbers(
+        self, sample: Sample, reply: bool, prepared: Sequence[PreparedImage]
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of one conversation whose pictures are prepared."""
+        _, ids, labels, _ = self._tokenize(sample, reply, len(prepared))
+        if prepared:
+            ids, labels = self._expand(ids, labels, [image.tokens for image in prepared])
+        if ids:
+            labels[0] = IGNORE
+        if not reply and all(label == IGNORE for label in labels):
+            raise DataError(f"{sample.id}: nothing trains; at least one assistant turn must have train on.")
+        return ids, labels
 
     def explain(self, sample: Sample, *, reply: bool = False) -> list[Piece]:
         """The same conversation for the eye: every character in order, and whether it trains.
@@ -171,13 +197,12 @@ class Encoder:
         """Check the turns and read the pictures."""
         check_turns(sample, reply, self.template)
         self._check_words(sample)
+        prepare = self.prepare or self.processor.prepare
         prepared = []
         for n, part in enumerate(sample.media(), 1):
             try:
                 prepared.append(
-                    self.processor.prepare(
-                        part.source, number=n - 1, max_tiles=part.max_tiles, fit_pixels=part.fit_pixels
-                    )
+                    prepare(part.source, number=n - 1, max_tiles=part.max_tiles, fit_pixels=part.fit_pixels)
                 )
             except (ValueError, OSError) as error:
                 raise DataError(f"{sample.id}: picture {n}: {error}") from error
@@ -305,6 +330,8 @@ class Encoder:
             targets,
             image.tile_tokens,
             None if image.order is None else tensor(image.order),
+            image.seen,
+            image.key,
         )
 
 

@@ -415,7 +415,7 @@ def _preparation(
     if spec.size_px is not None:
         how = replace(how, height_px=spec.size_px, width_px=spec.size_px)
     # What a recipe leaves out is the strategy's own default.
-    keys = ("max_pixels", "pinpoints", "max_tiles", "longest_px", "thumbnail", "fit_pixels")
+    keys = ("max_pixels", "pinpoints", "max_tiles", "longest_px", "thumbnail", "fit_pixels", "resizer")
     given = {key: getattr(spec, key) for key in keys}
     given = {key: value for key, value in given.items() if value is not None}
     if spec.resize in ("native", "slices"):  # sides that the tower and then the connector divide evenly

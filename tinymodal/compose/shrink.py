@@ -540,7 +540,16 @@ def _whole(path: str, made: Made) -> ModelSpec:
         return ModelSpec(language=language)
     eye, said = config["vision_config"], config["connectors"]["image"]
     how = read_json(folder / "processor_config.json", where)["image_processor"]["preparation"]
-    own = ("resize", "pinpoints", "max_tiles", "longest_px", "thumbnail", "fit_pixels", "max_pixels")
+    own = (
+        "resize",
+        "resizer",
+        "pinpoints",
+        "max_tiles",
+        "longest_px",
+        "thumbnail",
+        "fit_pixels",
+        "max_pixels",
+    )
     kept: dict[str, Any] = {key: how[key] for key in own if key in how}
     kept |= {key: bool(eye.get(key)) for key in OPTIONS}
     vision = VisionSpec(

@@ -96,6 +96,9 @@ class VisionSpec(Value):
     """``native``: least and most pixels after resizing."""
     max_pixels: Count | None = None
     """Pictures with more pixels are refused before they are decoded; left out, 89,478,485."""
+    resizer: Literal["torch", "pillow"] | None = None
+    """``torch`` is faster, ``pillow`` gives the very pixels that published models were trained on; they
+    differ by two levels of 255 at most. Left out, ``torch``."""
 
     normalise: Literal["own", "first"] = "own"
     """Two towers: each sees the picture normalised as it was pretrained, or both as the first was

@@ -23,7 +23,7 @@ from .connectors import find_connector
 from .encoders import encoder_of
 from .geometry import num_marks, num_tokens
 from .language import LanguageHead, build_decoder
-from .media import MediaEncoder
+from .media import Features, MediaEncoder
 
 
 class MediaInput(NamedTuple):
@@ -132,6 +132,25 @@ class TinyModalModel(TinyModalPreTrainedModel):
         dtype = next(tower.parameters()).dtype
         same_size = (values,) if isinstance(values, Tensor) else values
         return tuple(self.connectors[kind](tower(tiles.to(dtype))) for tiles in same_size)
+
+    def connect(self, kind: str, features: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the tower computed before -> embeddings [I, S, D], one tensor for each shape of features.
+
+        Args:
+            kind: of the media.
+            features: the tower's own, float [I, *grid, E]; where tiles differ in size, one such tensor for
+                each size.
+
+        Raises:
+            ValueError: if the model has no connector for the kind.
+        """
+        if kind not in self.connectors:
+            raise ValueError(f"{kind} features given, but this model has no {kind} connector")
+        connector = self.connectors[kind]
+        # A cache may keep them in less than the model computes in.
+        dtype = next(self.towers[kind].parameters()).dtype
+        same_size = (features,) if isinstance(features, Tensor) else features
+        return tuple(connector(Features(x.to(dtype).flatten(1, -2), tuple(x.shape[1:-1]))) for x in same_size)
 
     def bank(self, kind: str, seen: Sequence[Tensor]) -> Tensor:
         """What placeholders choose from, [R, D]: all embeddings laid end to end, then the learned marks."""

@@ -29,7 +29,7 @@ from .configuration_tinymodal import AUTO_MAP, TinyModalConfig
 from .connectors import find_connector
 from .encoders import encoder_of, tower_config
 from .geometry import Plan, arrange, num_tokens, plan
-from .image import Preparation, cut, load_image
+from .image import Preparation, cut, load_pixels
 from .layout import Picture, lay_out
 
 Source = str | Path | bytes | PIL.Image.Image
@@ -68,13 +68,36 @@ class PreparedImage:
     """One picture, ready for the tower, and what it costs; see :class:`Layout`."""
 
     tiles: tuple[Tensor, ...]
-    """float32 [3, H, W] each"""
+    """float32 [3, H, W] each; ``seen``: the tower's features, [*grid, E] each"""
     grid: tuple[int, ...]
     tokens: int
     patches: int
     feature_grids: tuple[tuple[int, ...], ...]
     tile_tokens: tuple[int, ...]
     order: list[int] | None
+    size_px: tuple[int, int]
+    """Height and width of the picture that was read, upright."""
+    seen: bool = False
+    """The tower has run already."""
+    key: str = ""
+    """Under which the tower's features are kept; empty: nowhere."""
+
+    @classmethod
+    def of(cls, tiles: Sequence[Tensor], layout: Layout, seen: bool = False, key: str = "") -> PreparedImage:
+        """``tiles`` of a picture that is laid out so."""
+        order = None if layout.order is None else list(layout.order)
+        return cls(
+            tuple(tiles),
+            layout.grid,
+            layout.tokens,
+            layout.patches,
+            layout.feature_grids,
+            layout.tile_tokens,
+            order,
+            layout.plan.source_px,
+            seen,
+            key,
+        )
 
 
 class TinyModalImageProcessor(ImageProcessingMixin):
@@ -140,7 +163,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
             max_tiles: at most so many tiles; None: as composed.
             fit_pixels: least and most pixels after resizing; None: as composed.
         """
-        how = self._how(max_tiles, fit_pixels)
+        how = self.preparation_for(max_tiles, fit_pixels)
         key = (how, size_px, number if "id" in self.marks else 0)
         if key not in self._layouts:
             if len(self._layouts) >= NUM_LAYOUTS:
@@ -161,7 +184,14 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         order = tuple(arrange(cut_up, after, self.marks, self.merge, number))
         return Layout(cut_up, before, counts, (len(order),), order)
 
-    def _how(self, max_tiles: int | None, fit_pixels: tuple[int, int] | None) -> Preparation:
+    def preparation_for(
+        self, max_tiles: int | None = None, fit_pixels: tuple[int, int] | None = None
+    ) -> Preparation:
+        """As composed, within other limits for one picture.
+
+        Raises:
+            ValueError: if the model has no tower, or the limits make no sense.
+        """
         if self.preparation is None:
             raise ValueError("a picture is given, but this model has no vision tower")
         how = self.preparation
@@ -179,24 +209,24 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         number: int = 0,
         max_tiles: int | None = None,
         fit_pixels: tuple[int, int] | None = None,
+        name: str = "",
     ) -> PreparedImage:
-        """Read one picture; :func:`load_image` says what is accepted, :meth:`layout` the rest.
+        """Read one picture; :func:`load_pixels` says what is accepted, :meth:`layout` the rest.
+
+        Args:
+            source: the picture.
+            number: which picture of the conversation it is, from 0; for the mark ``id``.
+            max_tiles: at most so many tiles; None: as composed.
+            fit_pixels: least and most pixels after resizing; None: as composed.
+            name: what errors call it; the file's own name by default.
 
         Raises:
             ValueError: if it cannot be read, or the model has no tower.
         """
-        how = self._how(max_tiles, fit_pixels)
-        picture = load_image(source, how.max_pixels)
-        found = self.layout((picture.height, picture.width), number, max_tiles, fit_pixels)
-        return PreparedImage(
-            tuple(cut(picture, how, found.plan)),
-            found.grid,
-            found.tokens,
-            found.patches,
-            found.feature_grids,
-            found.tile_tokens,
-            None if found.order is None else list(found.order),
-        )
+        how = self.preparation_for(max_tiles, fit_pixels)
+        x_HWC = load_pixels(source, how.max_pixels, name)
+        found = self.layout((x_HWC.shape[0], x_HWC.shape[1]), number, max_tiles, fit_pixels)
+        return PreparedImage.of(cut(x_HWC, how, found.plan), found)
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -240,7 +240,9 @@ def composition(source: Source) -> tuple[Composed, Placement]:
         model.load_state_dict(placement.weights, strict=False, assign=True)
         model.tie_weights()
         try:
-            composed = assemble(model, tokenizer, source.preparation, source.template)
+            # Its pixels to the bit: what an adopted model says is compared with what it said.
+            preparation = replace(source.preparation, resizer="pillow")
+            composed = assemble(model, tokenizer, preparation, source.template)
         except RecipeError as fault:  # there is no recipe here
             raise CheckpointError(f"{source.family}: {fault}") from fault
     return composed, placement
