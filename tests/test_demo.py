@@ -68,10 +68,11 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tinymodal.demo import demo
 from tinymodal.train import loop
+from tinymodal.train import stage as one_stage
 
 if sys.argv[1] == "kill":
-    own, steps = loop.step, iter(range(100))
-    loop.step = lambda *given, **named: own(*given, **named) if next(steps) < 8 else os._exit(9)
+    own, steps = one_stage.step, iter(range(100))
+    one_stage.step = lambda *given, **named: own(*given, **named) if next(steps) < 8 else os._exit(9)
 demo(Path("out"), recipe=Path({recipe!r}), starter={starter!r}, per_kind=2, per_kind_unseen=2)
 """
 

@@ -41,6 +41,7 @@ from tinymodal.model.encoders import ENCODERS, encoder_of, tower_config
 from tinymodal.model.image import Preparation
 from tinymodal.model.processing_tinymodal import TinyModalImageProcessor
 from tinymodal.train import checkpoint, loop
+from tinymodal.train import stage as one_stage
 from tinymodal.train.groups import trainable
 from tinymodal.train.objective import Objective
 from tinymodal.train.optim import build_optimizer, set_rates
@@ -448,20 +449,20 @@ def stop_here() -> None:
 
 def train_leg(recipe: Path, folder: Path, log: Path, until: int | None = None, end=stop_here) -> None:
     """Train, each step's loss, norm and sample ids going to ``log``; ``end()`` inside step ``until + 1``."""
-    real, done = loop.step, 0
+    real, done = one_stage.step, 0
 
-    def recorded(*args):
+    def recorded(*args, **options):
         nonlocal done
         if done == until:
             end()
-        report = real(*args)
+        report = real(*args, **options)
         done += 1
         with log.open("a") as lines:
             print(json.dumps([report.loss.hex(), report.grad_norm.hex(), *report.sample_ids]), file=lines)
         return report
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "step", recorded)
+        patch.setattr(one_stage, "step", recorded)
         loop.run(load(recipe, Recipe), folder, progress=False)
 
 

@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="store_true", help="print the version and leave")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", parser_class=Parser)
-    for add in (add_demo, add_train, add_preview, add_eval, add_chat, add_adopt):
+    for add in (
+        add_demo, add_train, add_preview, add_cache, add_shard, add_compare, add_eval, add_chat, add_adopt,
+    ):  # fmt: skip
         add(verbs)
     return top
 
@@ -83,6 +85,55 @@ def add_preview(verbs: Verbs) -> None:
     )
     add_recipe(p)
     p.set_defaults(run=run_preview)
+
+
+def add_cache(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "cache",
+        help="keep what a frozen tower says of every picture, ahead of training: tinymodal cache my.toml",
+    )
+    add_recipe(p, tiny=False)
+    p.add_argument(
+        "--workers", type=natural, default=0, metavar="N", help="processes that decode pictures (%(default)s)"
+    )
+    p.set_defaults(run=run_cache)
+
+
+def add_shard(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "shard",
+        help="write data as tar shards: tinymodal shard chats.jsonl shards --format messages --images photos",
+    )
+    p.add_argument("source", help="a file or a pattern: .json, .jsonl, .parquet, .tar; or a made source")
+    p.add_argument("out", type=Path, help="folder of the shards; those that are whole already are kept")
+    p.add_argument(
+        "--format", metavar="F", help="of the rows: llava, messages, caption, vqa, ...; made: none"
+    )
+    p.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures")
+    p.add_argument("--max-mb", type=positive, default=256, metavar="N", help="largest shard (%(default)s)")
+    p.add_argument("--samples", type=positive, metavar="N", help="so many samples; needed for a made source")
+    p.add_argument(
+        "--bad-rows",
+        default="raise",
+        metavar="HOW",
+        help="rows that cannot be read: raise, skip, or how many may be left out (%(default)s)",
+    )
+    p.add_argument(
+        "--workers", type=natural, default=0, metavar="N", help="processes that read (%(default)s)"
+    )
+    p.add_argument("--check", action="store_true", help="read the shards of OUT again, and compare checksums")
+    p.set_defaults(run=run_shard)
+
+
+def add_compare(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "compare", help="draw the curves of runs into one page: tinymodal compare runs/a runs/b"
+    )
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, finished or not")
+    p.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page (%(default)s)"
+    )
+    p.set_defaults(run=run_compare)
 
 
 def add_eval(verbs: Verbs) -> None:
@@ -165,14 +216,15 @@ def add_adopt(verbs: Verbs) -> None:
     p.set_defaults(run=run_adopt)
 
 
-def add_recipe(p: argparse.ArgumentParser) -> None:
+def add_recipe(p: argparse.ArgumentParser, tiny: bool = True) -> None:
     p.add_argument("recipe", help="a TOML file, or my_runs.py:function")
     p.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="change a value of the recipe")
-    p.add_argument(
-        "--tiny",
-        action="store_true",
-        help="small random parts of the same kinds, made data, two steps a stage: does the recipe run?",
-    )
+    if tiny:
+        p.add_argument(
+            "--tiny",
+            action="store_true",
+            help="small random parts of the same kinds, made data, two steps a stage: does the recipe run?",
+        )
 
 
 def add_device(p: argparse.ArgumentParser) -> None:
@@ -185,6 +237,13 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return number
 
 
@@ -208,7 +267,8 @@ def run_train(args: argparse.Namespace) -> None:
     from tinymodal.train.loop import run
 
     run(recipe, folder)
-    print(f"\nThe model is in {folder / 'model'}. Talk to it:\n\n  {program()} chat {folder / 'model'}\n")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\nThe model is in {folder / 'model'}. Talk to it:\n\n  {program()} chat {folder / 'model'}\n")
 
 
 def run_preview(args: argparse.Namespace) -> None:
@@ -221,6 +281,81 @@ def run_preview(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as made:
         preview(tiny(args, recipe, Path(made)) if args.tiny else recipe)
+
+
+def run_cache(args: argparse.Namespace) -> None:
+    from tinymodal.core.config import load
+    from tinymodal.train.recipe import Recipe
+
+    recipe = load(args.recipe, Recipe, args.overrides)
+
+    from tinymodal.train.fill import fill
+
+    for stage, done in fill(recipe, args.workers).items():
+        print(
+            f"stage {stage}: {done.num_pictures:,} pictures of {done.num_rows:,} rows, {done.num_new:,} new, "
+            f"{done.num_hits:,} kept before; {done.num_bytes / 1e6:,.0f} MB"
+        )
+        for name, why in done.bad:
+            print(f"  left out: {name}: {why}")
+        for name in done.endless:
+            print(f"  {name} has no end and cannot be kept ahead; it is kept while the stage trains")
+
+
+def run_shard(args: argparse.Namespace) -> int:
+    from tinymodal.data.shard import check_shards, shard
+
+    if args.check:
+        wrong = check_shards(args.out)
+        for line in wrong:
+            print(line)
+        print("some shards are not as they were written" if wrong else "all shards are as they were written")
+        return 1 if wrong else 0
+    if args.bad_rows not in ("raise", "skip") and not args.bad_rows.isdecimal():
+        raise RecipeError(f"--bad-rows {args.bad_rows}: expected raise, skip, or how many may be left out")
+    bad_rows = int(args.bad_rows) if args.bad_rows.isdecimal() else args.bad_rows
+    made = args.format is None
+    if made and args.images is not None:
+        raise RecipeError("--images is for rows of files; a made source draws its own pictures")
+
+    from tinymodal.train.pieces import Source
+    from tinymodal.train.stage_data import open_data
+
+    try:
+        spec = (
+            Source(made=args.source)
+            if made
+            else Source(
+                path=args.source, format=args.format, images=str(args.images) if args.images else None
+            )
+        )
+    except ValueError as error:
+        raise RecipeError(f"shard: {error}") from error
+    done = shard(
+        open_data(spec, "SOURCE"),
+        args.out,
+        name=f"{args.source} as {args.format or 'made'}",
+        max_mb=args.max_mb,
+        samples=args.samples,
+        bad_rows=bad_rows,
+        workers=args.workers,
+    )
+    kept = f", {done.num_kept} of them were there already" if done.num_kept else ""
+    print(
+        f"{done.num_samples:,} samples in {len(done.shards)} shards of {done.folder}{kept}: "
+        f"{done.num_bytes / 1e6:,.1f} MB"
+    )
+    for row in done.skipped:
+        print(f"  left out: {row.row_id}: {row.reason}")
+    print(f'\nIn a recipe:\n\n  data = [{{ path = "{done.folder}/*.tar", format = "messages" }}]\n')
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    from tinymodal.eval.compare import compare
+
+    page = compare(args.runs, args.out)
+    print(f"The curves are in {page}; open it in a browser.")
 
 
 def train_tiny(args: argparse.Namespace, recipe: Recipe) -> None:

@@ -51,9 +51,7 @@ def recipe(start):
     """``recipe(steps=4, ...)``: one stage that trains everything; keys of the stage by name."""
 
     def make(*stages, **changes):
-        of_run = {
-            key: changes.pop(key) for key in ("save_every", "parts", "threads", "seed") if key in changes
-        }
+        of_run = {key: changes.pop(key) for key in Recipe.model_fields if key in changes}
         plain = {
             "name": "only",
             "train": {"vision": 1e-3, "connectors": 1e-3, "language": 1e-3},

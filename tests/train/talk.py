@@ -41,3 +41,15 @@ class Spoilt(Talk):
             turns = (Message("user", (Text("red " * 100),)), Message("assistant", (Text("one"),)))
             return Sample(turns, sample.id)
         return sample
+
+
+class Pairs(Talk):
+    """The right answer repeats the question's first word; the wrong one is another."""
+
+    def sample(self, index: int) -> Sample:
+        sample = super().sample(index)
+        question = sample.messages[0]
+        right = question.parts[-1].text.split()[0]
+        wrong = WORDS[(WORDS.index(right) + 1) % len(WORDS)]
+        answers = [(question, Message("assistant", (Text(word),))) for word in (right, wrong)]
+        return Sample(answers[0], sample.id, rejected=answers[1])

@@ -17,7 +17,8 @@ from tinymodal.compose import build
 from tinymodal.compose.quantize import dequantize, quantize
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import CheckpointError, RecipeError
-from tinymodal.train import adapters, loop
+from tinymodal.train import adapters
+from tinymodal.train import stage as one_stage
 from tinymodal.train.groups import trainable
 from tinymodal.train.loop import run
 from tinymodal.train.objective import Objective
@@ -258,7 +259,7 @@ def test_what_trains_beside_the_adapters_travels_with_them(start, tmp_path, batc
     again = PeftModel.from_pretrained(build.load(start).model, str(tmp_path / "adapter"))
 
     batch = batches(composed, 1)[0]
-    ours, theirs = (Objective(m.eval())(batch)["text"] for m in (model, again.base_model.model))
+    ours, theirs = (Objective(m.eval())(batch).sums["text"] for m in (model, again.base_model.model))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     torch.testing.assert_close(states(again), states(model), rtol=0, atol=1e-5)
     whole = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"]
@@ -328,15 +329,15 @@ def steps(monkeypatch):
         until: int | None = None
 
     seen = Steps()
-    real = loop.step
+    real = one_stage.step
 
-    def recorded(*args):
+    def recorded(*args, **options):
         if len(seen) == seen.until:
             raise Killed
-        seen.append(real(*args))
+        seen.append(real(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(loop, "step", recorded)
+    monkeypatch.setattr(one_stage, "step", recorded)
     return seen
 
 

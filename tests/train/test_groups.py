@@ -56,7 +56,7 @@ def test_after_one_step_exactly_the_listed_groups_have_changed(tiny, batches, st
 def test_every_parameter_of_a_trained_group_gets_a_gradient(tiny, batches):
     trainable(tiny.model, EVERYTHING)
     batch = batches(tiny, 1)[0]
-    Objective(tiny.model)(batch)["text"].backward()
+    Objective(tiny.model)(batch).sums["text"].backward()
     without = [name for name, p in tiny.model.named_parameters() if p.grad is None]
     assert without == []
 
@@ -103,7 +103,7 @@ def test_a_frozen_tower_leaves_no_graph_and_no_gradient(tiny, batches):
     trainable(tiny.model, {"connectors": 1e-3})
     seen = []
     tiny.model.model.towers["image"].register_forward_hook(lambda module, args, out: seen.append(out.values))
-    Objective(tiny.model)(batches(tiny, 1)[0])["text"].backward()
+    Objective(tiny.model)(batches(tiny, 1)[0]).sums["text"].backward()
     assert [values.requires_grad for values in seen] == [False]
     assert all(p.grad is None for p in tiny.model.model.towers.parameters())
     assert all(p.grad is None for p in tiny.model.model.language_model.parameters())

@@ -15,8 +15,9 @@ from tinymodal.compose import build
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.config import dump, load
 from tinymodal.core.errors import DataError, RecipeError
-from tinymodal.train import loop
+from tinymodal.train import stage as one_stage
 from tinymodal.train.loop import run
+from tinymodal.train.meter import TIMED
 from tinymodal.train.recipe import Recipe
 
 from . import talk
@@ -37,22 +38,21 @@ def steps(monkeypatch):
         until: int | None = None
 
     seen = Steps()
-    real = loop.step
+    real = one_stage.step
 
-    def recorded(*args):
+    def recorded(*args, **options):
         if len(seen) == seen.until:
             raise Killed
-        seen.append(real(*args))
+        seen.append(real(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(loop, "step", recorded)
+    monkeypatch.setattr(one_stage, "step", recorded)
     return seen
 
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_s")
-    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
 
 
 def weights(folder):
@@ -160,7 +160,8 @@ def test_another_recipe_may_not_go_on_with_a_run(recipe, tmp_path):
     run(recipe(), tmp_path / "run", progress=False)
     with pytest.raises(RecipeError) as caught:
         run(recipe(steps=9, seq_len=128), tmp_path / "run", progress=False)
-    assert "holds a run of another recipe: stages.0.steps: 4 and 9 (and 1 more)" in str(caught.value)
+    assert "holds a run of another recipe; 2 keys differ" in str(caught.value)
+    assert "stages.0.steps: 4 and 9; stages.0.seq_len: 64 and 128" in str(caught.value)
     run(recipe(workers=1, save_every=1, threads=1), tmp_path / "run", progress=False)  # these change nothing
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinymodal.train import loss
-from tinymodal.train.loss import head_cross_entropy, linear_cross_entropy
+from tinymodal.train.loss import head_cross_entropy, linear_cross_entropy, target_log_probs
 
 
 def draw(num, width, vocabulary, seed=0, bias=True):
@@ -131,3 +131,33 @@ def test_autocast_is_on_inside_and_changes_nothing_more(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         linear_cross_entropy(torch.randn(8, 4), torch.randn(9, 4), torch.arange(8), block=2)
     assert seen == [(True, {torch.bfloat16, torch.int64})]
+
+
+@pytest.mark.parametrize("block", [3, 100])
+def test_the_losses_of_single_targets_are_written_down_and_add_up(block, monkeypatch):
+    states, weight, targets, vector = draw(10, 6, 12)
+    expected = F.cross_entropy(F.linear(states, weight, vector), targets, reduction="none")
+    each = torch.empty(10)
+    total = linear_cross_entropy(states, weight, targets, vector, block=block, per_target=each)
+    torch.testing.assert_close(each, expected.detach())
+    torch.testing.assert_close(total, expected.sum())
+    assert not each.requires_grad
+    monkeypatch.setattr(loss, "LEAST_BLOCK", block)
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block * 12)
+    each.zero_()
+    total = head_cross_entropy(states, lambda x: F.linear(x, weight, vector), targets, 12, each)
+    torch.testing.assert_close(each, expected.detach())
+    torch.testing.assert_close(total, expected.sum())
+
+
+@settings(deadline=None, max_examples=20)
+@given(num=st.integers(0, 9), block=st.integers(1, 10))
+def test_log_probabilities_of_targets_are_those_of_all_logits_at_once(num, block):
+    states, weight, targets, vector = draw(num, 6, 12)
+    slope = torch.linspace(-1, 1, num)
+    expected = F.linear(states, weight, vector).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    grads = gradients((expected * slope).sum(), states, weight, vector)
+    found = target_log_probs(states, lambda x: F.linear(x, weight, vector), targets, 12, block=block)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(gradients((found * slope).sum(), states, weight, vector), grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)

@@ -29,7 +29,7 @@ def test_the_text_loss_is_that_of_transformers_summed(language):
     """Ours on packed rows against HF's own loss, document by document: head with bias, soft-capped, plain."""
     composed = tiny_model(language=language, words=WORDS)
     documents = encoded(composed, 5)
-    ours = Objective(composed.model)(together(composed, [documents[:3], documents[3:]]))["text"]
+    ours = Objective(composed.model)(together(composed, [documents[:3], documents[3:]])).sums["text"]
     theirs = torch.zeros(())
     for document in documents:
         batch = together(composed, [[document]])
@@ -44,7 +44,7 @@ def test_only_supervised_positions_reach_the_head(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "tinymodal.train.objective.linear_cross_entropy",
-        lambda states, weight, targets, bias: seen.append(states.shape) or states.sum(),
+        lambda states, weight, targets, bias, per_target: seen.append(states.shape) or states.sum(),
     )
     Objective(tiny.model)(batch)
     assert seen == [(batch.num_targets, 32)]
@@ -54,8 +54,37 @@ def test_only_supervised_positions_reach_the_head(tiny, monkeypatch):
 def test_a_batch_without_pictures_trains_words_and_runs_no_tower(tiny, batches):
     batch = batches(tiny, 1, pictures=False)[0]
     tiny.model.model.towers["image"].register_forward_hook(lambda *_: pytest.fail("the tower ran"))
-    Objective(tiny.model)(batch)["text"].backward()
+    Objective(tiny.model)(batch).sums["text"].backward()
     assert all(p.grad is None for p in tiny.model.model.connectors.parameters())
+
+
+def test_the_losses_of_single_targets_add_up_to_the_sum(tiny, batches):
+    batch = batches(tiny, 1)[0]
+    terms = Objective(tiny.model)(batch)
+    assert terms.per_target.shape == batch.target_ids.shape
+    assert not terms.per_target.requires_grad
+    torch.testing.assert_close(terms.per_target.sum(), terms.sums["text"].detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_from_before_stand_in_for_pixels_and_run_no_tower(tiny, batches, dtype):
+    batch = batches(tiny, 1)[0]
+    objective = Objective(tiny.model)
+    expected = objective(batch).per_target
+    with torch.no_grad():
+        features = tiny.model.model.towers["image"](batch.pixel_values)
+    kept = features.values.unflatten(1, features.grid).to(dtype)
+    tiny.model.model.towers["image"].register_forward_hook(lambda *_: pytest.fail("the tower ran"))
+    for given in (kept, (kept,)):
+        found = objective(dataclasses.replace(batch, pixel_values=None, image_features=given)).per_target
+        # bfloat16 has 8 bits; the losses are near 6.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_features_for_a_model_without_tower_are_refused():
+    blind = tiny_model(None, words=WORDS).model.model
+    with pytest.raises(ValueError, match="image features given, but this model has no image connector"):
+        blind.connect("image", torch.zeros(1, 2, 2, 4))
 
 
 def test_the_cells_loss_is_the_mean_over_labels_that_are_known():
@@ -74,9 +103,9 @@ def test_cells_alone_run_no_language_model(tiny, batches):
     objective = Objective(tiny.model, ("cells",), (3, 5))
     tiny.model.model.language_model.register_forward_hook(lambda *_: pytest.fail("the language model ran"))
     terms = objective(batch)
-    assert set(terms) == {"cells"}
+    assert set(terms.sums) == {"cells"}
     assert objective.counts([batch, batch]) == {"cells": 2 * int((batch.image_targets != IGNORE).sum())}
-    terms["cells"].backward()
+    terms.sums["cells"].backward()
     assert all(p.grad is not None for p in tiny.model.model.towers.parameters())
 
 
@@ -85,7 +114,7 @@ def test_both_losses_share_one_pass_of_the_tower(tiny, batches):
     runs = []
     tiny.model.model.towers["image"].register_forward_hook(lambda *_: runs.append(1))
     terms = Objective(tiny.model, ("text", "cells"), (3, 5))(batch)
-    assert set(terms) == {"text", "cells"}
+    assert set(terms.sums) == {"text", "cells"}
     assert runs == [1]
 
 
@@ -93,7 +122,7 @@ def test_cells_of_a_batch_without_pictures_count_nothing(tiny, batches):
     batch = batches(tiny, 1, pictures=False)[0]
     objective = Objective(tiny.model, ("cells",), (3, 5))
     assert objective.counts([batch]) == {"cells": 0}
-    assert objective(batch)["cells"] == 0
+    assert objective(batch).sums["cells"] == 0
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from rich.console import Console
 from tinymodal.core.errors import DataError, RecipeError
 from tinymodal.data.synthetic import Scenes
 from tinymodal.train import preview as room
-from tinymodal.train.loop import stage_loader
 from tinymodal.train.preview import memory, preview
+from tinymodal.train.stage_data import stage_loader
 
 from . import talk
 from .talk import Spoilt, Talk
@@ -27,7 +27,7 @@ def test_it_tells_who_trains_what_a_picture_costs_and_how_much_memory(recipe):
     assert "stage only: 7 steps of 128 tokens (896 in all)" in text
     assert "connectors          5,440  trains at 0.001" in text
     assert "vision             19,808  frozen" in text
-    assert "memory, roughly:" in text
+    assert "MB weights + " in text
 
 
 def test_one_row_is_shown_whole_and_exactly_what_trains_is_marked(recipe):
@@ -82,15 +82,30 @@ def test_what_training_would_refuse_is_refused(recipe):
 
 
 def test_memory_counts_what_trains_and_falls_with_micro_batches_and_recompute(recipe, tiny):
-    def estimate(**changes):
+    def told(**changes):
         plan = recipe(data=[{"made": "scenes", "options": {"form": "captions"}}], **changes)
         row = next(stage_loader(plan, 0, tiny))
         return memory(plan, 0, tiny, row)
 
     assert Scenes().sample(0)
-    full = estimate(batch_tokens=512)
+    full = told(batch_tokens=512)
     assert full.weights == 4 * sum(p.numel() for p in tiny.model.parameters())
-    assert full.training == 3 * full.weights
-    assert estimate(batch_tokens=512, train={"connectors": 1.0}).training < full.training / 10
-    assert estimate(batch_tokens=512, micro_batch_tokens=64).activations < full.activations / 4
-    assert estimate(batch_tokens=512, recompute=True).activations < full.activations
+    assert full.optimizer == 2 * full.weights
+    assert told(batch_tokens=512, train={"connectors": 1.0}).optimizer < full.optimizer / 10
+    assert told(batch_tokens=512, micro_batch_tokens=64).working < full.working / 3
+    assert told(batch_tokens=512, recompute="full").working < full.working
+    before = {name: p.clone() for name, p in tiny.model.named_parameters()}
+    adapted = told(batch_tokens=512, train={"adapters": 1e-3}, lora={"rank": 4})
+    assert full.weights < adapted.weights < full.weights * 1.5
+    assert {name: p.shape for name, p in tiny.model.named_parameters()} == {
+        n: p.shape for n, p in before.items()
+    }
+
+
+def test_a_step_that_cannot_fit_is_told_with_what_would_help(recipe, monkeypatch):
+    monkeypatch.setattr("tinymodal.train.preview.free_bytes", lambda device: 1000)
+    told = shown(recipe(seq_len=256, batch_tokens=256))
+    assert "this does not fit: this machine has 0 MB free" in told
+    assert "micro_batch_tokens" in told
+    monkeypatch.setattr("tinymodal.train.preview.free_bytes", lambda device: 10**12)
+    assert "does not fit" not in shown(recipe(seq_len=256, batch_tokens=256))

@@ -108,8 +108,25 @@ def test_an_unknown_group_lists_the_groups_and_the_nearest():
         ({"train": {"language": -1.0}}, "greater than or equal to 0"),
         ({"train": {"language": float("nan")}}, "finite"),
         ({"clip": True}, "valid number"),
-        ({"data": [{}]}, "either 'path' or 'made', found neither"),
-        ({"data": [{"made": "scenes", "path": "a"}]}, "found both"),
+        ({"data": [{}]}, "either 'path', 'hub' or 'made', found none of them"),
+        ({"data": [{"made": "scenes", "path": "a"}]}, "found 'path' and 'made'"),
+        ({"data": [{"hub": "org/set"}]}, "'hub' needs 'format'"),
+        ({"loss": ["distill"]}, "'distill' and the key 'teacher' go together"),
+        ({"teacher": {"path": "x"}}, "'distill' and the key 'teacher' go together"),
+        ({"loss": ["distill"], "teacher": {"path": "x", "cached": True}}, "give top_k"),
+        ({"loss": ["dpo", "text"]}, "give each its own stage"),
+        ({"loss_weights": {"distill": 0.5}}, "loss_weights.distill has a weight, but"),
+        ({"beta": 0.0}, "greater than 0"),
+        ({"steps": None}, "missing key 'steps' in Stage; or let the data end it"),
+        ({"recompute": 0}, "greater than 0"),
+        ({"recompute": "some"}, "'none' or 'full'"),
+        ({"bad_rows": -1}, "greater than or equal to 0"),
+        ({"micro_batch_tokens": "all"}, "'auto'"),
+        ({"cache": True, "train": {"vision": 1e-5}}, "'cache' keeps what the tower says"),
+        (
+            ADAPTERS | {"cache": True, "lora": {"rank": 4, "parts": ["vision"]}},
+            "'cache' keeps what the tower says",
+        ),
         ({"data": [{"path": "a.json"}]}, "needs 'format'"),
         ({"data": [{"path": "a.json", "format": "llava", "options": {"a": 1}}]}, "for 'made' sources"),
         ({"data": [{"made": "scenes", "images": "x"}]}, "for 'path' sources"),
@@ -171,6 +188,9 @@ def test_a_contradiction_in_a_stage_is_told(changes, told):
         ),
         ('name = "demo"', 'name = "demo"\nparts = { audio = "x" }', "parts"),
         ('name = "demo"', 'name = "demo"\nseed = -1', "seed is -1"),
+        ('name = "demo"', 'name = "demo"\nparallel = { offload = true }', "'offload' is for kind = 'fsdp'"),
+        ('name = "demo"', 'name = "demo"\nparallel = { kind = "zero" }', "parallel.kind"),
+        ('name = "demo"', 'name = "demo"\ntrackers = ["tensorbord"]', "did you mean 'tensorboard'?"),
         ("steps = 200", "steps = 200\nbits = 4", "stages[1]: bits = 4 stores the language model's matrices"),
         (
             "steps = 200",
@@ -191,6 +211,38 @@ def test_a_contradiction_between_parts_of_a_recipe_is_told(tmp_path, before, aft
 def test_micro_batches_fill_the_batch():
     assert stage(batch_tokens=2048, seq_len=256).micro_batches == 1
     assert stage(batch_tokens=2048, seq_len=256, micro_batch_tokens=512).micro_batches == 4
+
+
+def test_processes_share_a_step_in_whole_micro_batches():
+    whole = stage(batch_tokens=2048, seq_len=256)
+    assert (whole.split(1), whole.split(2), whole.split(8)) == ((2048, 1), (1024, 1), (256, 1))
+    parts = stage(batch_tokens=2048, seq_len=256, micro_batch_tokens=512)
+    assert (parts.split(2), parts.split(1, 256)) == ((512, 2), (256, 8))
+    with pytest.raises(RecipeError, match="which 3 processes cannot share"):
+        whole.split(3)
+    with pytest.raises(RecipeError, match="take a multiple of 4096"):
+        parts.split(8)
+
+
+def test_yes_and_no_are_understood_where_blocks_are_recomputed():
+    assert [stage(recompute=value).recompute for value in (True, False, 3)] == ["full", "none", 3]
+
+
+def test_a_stage_may_end_with_its_data_in_place_of_steps():
+    assert stage(steps=None, ends="drop").steps is None
+
+
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [
+        ({"path": "data/chats-*.jsonl", "format": "messages"}, "chats-*"),
+        ({"hub": "org/photos", "format": "caption"}, "photos"),
+        ({"made": "my_data.py:Make"}, "Make"),
+        ({"made": "scenes", "name": "drawn"}, "drawn"),
+    ],
+)
+def test_a_source_is_called_by_its_name_or_by_what_it_is(source, label):
+    assert stage(data=[source]).data[0].label == label
 
 
 CHOICES = """

@@ -9,7 +9,8 @@ from torch import nn
 from tinymodal.compose import build
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import RecipeError
-from tinymodal.train import adapters, loop
+from tinymodal.train import adapters
+from tinymodal.train import stage as one_stage
 from tinymodal.train.groups import trainable
 from tinymodal.train.loop import run
 from tinymodal.train.objective import Objective
@@ -162,15 +163,15 @@ def test_the_fingerprint_is_of_the_numbers_and_the_names(tiny, tmp_path):
 def test_a_run_stops_after_its_first_step_and_saves_nothing_where_a_frozen_part_moves(
     recipe, tmp_path, monkeypatch
 ):
-    real = loop.step
+    real = one_stage.step
 
-    def meddle(objective, *rest):
-        report = real(objective, *rest)
+    def meddle(objective, *rest, **options):
+        report = real(objective, *rest, **options)
         with torch.no_grad():
             objective.model.model.language_model.norm.weight[0] += 1
         return report
 
-    monkeypatch.setattr(loop, "step", meddle)
+    monkeypatch.setattr(one_stage, "step", meddle)
     with pytest.raises(RecipeError) as caught:
         run(recipe(train={"connectors": 1e-3}), tmp_path / "run", progress=False)
     told = str(caught.value)
@@ -180,17 +181,17 @@ def test_a_run_stops_after_its_first_step_and_saves_nothing_where_a_frozen_part_
 
 
 def test_a_run_stops_at_a_stages_end_where_a_frozen_part_moved_later(recipe, tmp_path, monkeypatch):
-    real, seen = loop.step, []
+    real, seen = one_stage.step, []
 
-    def meddle(objective, *rest):
-        report = real(objective, *rest)
+    def meddle(objective, *rest, **options):
+        report = real(objective, *rest, **options)
         seen.append(report)
         if len(seen) == 3:
             with torch.no_grad():
                 objective.model.model.language_model.norm.weight[0] += 1
         return report
 
-    monkeypatch.setattr(loop, "step", meddle)
+    monkeypatch.setattr(one_stage, "step", meddle)
     with pytest.raises(RecipeError, match=r"stages\.only: at the end, of 56 tensors 1 moved"):
         run(recipe(train={"connectors": 1e-3}), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "model").exists()

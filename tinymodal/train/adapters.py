@@ -127,6 +127,10 @@ def inject(model: PreTrainedModel, lora: Lora, base: str | None = None) -> list[
             delattr(model, flag)
     got = sorted(adapted(model))
     assert got == sorted(names), "peft chose other layers"
+    for name, parameter in model.named_parameters():
+        if f".{NAME}" in name and parameter.is_floating_point():
+            # Beside 4 bits peft takes the type of the products, in which small updates vanish.
+            parameter.data = parameter.data.float()
     return names
 
 

@@ -3,13 +3,13 @@
 ``text`` is the cross entropy of the next token, at the positions that train and nowhere else: only they
 reach the language head. ``cells`` is what each image token shows, known for made pictures only: one linear
 head per question, straight on the connector's output. It teaches a tower to see before any language model
-looks, and does not run one.
+looks, and does not run one. ``dpo`` is in ``preference.py``, ``distill`` in ``teacher.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,26 @@ from torch import Tensor, nn
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import IGNORE, Batch
-from tinymodal.train.loss import head_cross_entropy, linear_cross_entropy
+from tinymodal.train import packed
+from tinymodal.train.loss import head_cross_entropy, linear_cross_entropy, target_log_probs
+from tinymodal.train.preference import Preferred, Reference, of_documents, preferred
 
 if TYPE_CHECKING:
     from tinymodal.model.modeling_tinymodal import TinyModalForConditionalGeneration
+    from tinymodal.train.teacher import Teacher
 
 # Shapes: B rows, T positions, I pictures, S tokens a picture, D language width, N positions that train.
 
-LossTerms = dict[str, Tensor]
-"""Loss -> sum over targets, float32 []. Never a mean: a step divides by what all its micro-batches count."""
+
+class Terms(NamedTuple):
+    """The losses of one batch. Sums, never means: a step divides by what all its micro-batches count."""
+
+    sums: dict[str, Tensor]
+    """Loss -> sum over its targets, float32 [], with its graph."""
+    per_target: Tensor | None
+    """The text loss of each target, float32 [N], without graph; None where ``text`` is not a loss."""
+    measures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """What is told beside the losses: sums over the targets of the loss that their name begins with."""
 
 
 class CellHeads(nn.Module):
@@ -62,13 +73,22 @@ class Objective(nn.Module):
 
         Args:
             model: trained in place.
-            losses: ``text``, ``cells`` or both, whose means are added.
+            losses: of ``text``, ``cells``, ``dpo`` and ``distill``, whose means are added.
             cell_classes: classes of each question of ``cells``.
         """
         super().__init__()
         self.model = model
         self.losses = tuple(losses)
+        self.weights: dict[str, float] = {}
+        """What the mean of a loss counts in their sum; 1 if it is not listed."""
+        self.beta = 0.1
+        self.reference: Reference | None = None
+        """For ``dpo``: what the model was when the stage began."""
+        self.teacher: Teacher | None = None
+        """For ``distill``."""
         self.heads: CellHeads | None = None
+        self.packing: packed.Packing | None = None
+        """How documents are kept apart; None: by positions and a mask. See ``lean.py``."""
         if "cells" in self.losses:
             width = int(model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
             self.heads = CellHeads(width, cell_classes).to(self.device)
@@ -81,48 +101,119 @@ class Objective(nn.Module):
         """Targets of each loss in all of ``batches``, counted where they were made, on the CPU."""
         counts = {}
         for loss in self.losses:
-            if loss == "text":
+            if loss in ("text", "distill"):
                 counts[loss] = sum(batch.num_targets for batch in batches)
+            elif loss == "dpo":
+                counts[loss] = sum(map(_count_pairs, batches))
             else:
                 counts[loss] = sum(self._count_cells(batch) for batch in batches)
         return counts
 
-    def forward(self, batch: Batch) -> LossTerms:
-        """The sums over the targets of one batch, one for each loss."""
-        model = self.model.model
-        seen = None if batch.pixel_values is None else model.perceive("image", batch.pixel_values)
-        terms: LossTerms = {}
-        if "text" in self.losses:
-            terms["text"] = self._text(batch, seen)
+    def forward(self, batch: Batch) -> Terms:
+        """The losses of one batch, summed over its targets."""
+        seen = self._see(batch)
+        sums: dict[str, Tensor] = {}
+        measures: dict[str, Tensor] = {}
+        per_target_N: Tensor | None = None
+        if self.reads_words:
+            states_ND = self._states(self._embedded(batch, seen), batch)
+            if "text" in self.losses:
+                per_target_N = torch.empty(len(batch.target_ids), device=self.device)
+                sums["text"] = self._text(states_ND, batch, per_target_N)
+            if "dpo" in self.losses:
+                found = self._preference(states_ND, batch)
+                sums["dpo"] = found.loss
+                measures = {"dpo_right": found.right, "dpo_margin": found.margin}
+            if "distill" in self.losses:
+                assert self.teacher is not None, "the loss 'distill' needs a teacher"
+                sums["distill"] = self.teacher.divergence(states_ND, self.model.head, batch)
         if self.heads is not None:
             if seen is None or batch.image_targets is None:
-                terms["cells"] = torch.zeros((), device=self.device)
+                sums["cells"] = torch.zeros((), device=self.device)
             else:
                 (images_ISD,) = seen  # pictures with targets are one tile of one size
-                terms["cells"] = self.heads(images_ISD, batch.image_targets)
-        return terms
+                sums["cells"] = self.heads(images_ISD, batch.image_targets)
+        return Terms({loss: sums[loss] for loss in self.losses}, per_target_N, measures)
 
-    def _text(self, batch: Batch, seen: tuple[Tensor, ...] | None) -> Tensor:
+    @property
+    def reads_words(self) -> bool:
+        """Whether any loss runs the language model."""
+        return any(loss != "cells" for loss in self.losses)
+
+    def states(self, batch: Batch) -> Tensor:
+        """The decoder's last states where the next token trains, [N, D]."""
+        return self._states(self._embedded(batch, self._see(batch)), batch)
+
+    def log_probs(self, states_ND: Tensor, batch: Batch) -> Tensor:
+        """Log-probability of each target, float32 [N]."""
+        model = self.model
+        return target_log_probs(states_ND, model.head, batch.target_ids, len(model.head_weight()))
+
+    def _see(self, batch: Batch) -> tuple[Tensor, ...] | None:
+        """What the language model sees of the pictures; None where there are none."""
+        if batch.image_features is not None:
+            return self.model.model.connect("image", batch.image_features)
+        if batch.pixel_values is not None:
+            return self.model.model.perceive("image", batch.pixel_values)
+        return None
+
+    def _embedded(self, batch: Batch, seen: tuple[Tensor, ...] | None) -> Tensor:
+        """Words and pictures in their places, [B, T, D]."""
         model = self.model.model
-        x_BTD = model.get_input_embeddings()(batch.input_ids)
+        x_BTD: Tensor = model.get_input_embeddings()(batch.input_ids)
         if seen is not None:
             x_BTD = model.place(x_BTD, model.bank("image", seen), batch.image_take, batch.image_put)
-        # No attention_mask and no cache: transformers reads document borders from position_ids only when both
-        # are absent, and with either present packed documents see each other without a word.
-        out = model.language_model(inputs_embeds=x_BTD, position_ids=batch.position_ids, use_cache=False)
-        states_ND = out.last_hidden_state.flatten(0, 1).index_select(0, batch.target_index)
+        return x_BTD
+
+    def _preference(self, states_ND: Tensor, batch: Batch) -> Preferred:
+        if self.reference is None:
+            raise ValueError("the loss 'dpo' needs a reference")
+        document_N, num_documents = batch.target_document, len(batch.lengths)
+        assert document_N is not None, "batches of collate say which documents their targets are in"
+        pairs_P2 = document_N.new_zeros((0, 2)) if batch.pairs is None else batch.pairs
+        ours_D = of_documents(self.log_probs(states_ND, batch), document_N, num_documents)
+        before_D = of_documents(self.reference(batch), document_N, num_documents)
+        return preferred(ours_D, before_D, pairs_P2, self.beta)
+
+    def _text(self, states_ND: Tensor, batch: Batch, per_target_N: Tensor) -> Tensor:
         if self.model.head_is_plain:
             return linear_cross_entropy(
-                states_ND, self.model.head_weight(), batch.target_ids, self.model.head_bias()
+                states_ND,
+                self.model.head_weight(),
+                batch.target_ids,
+                self.model.head_bias(),
+                per_target=per_target_N,
             )
-        return head_cross_entropy(states_ND, self.model.head, batch.target_ids, len(self.model.head_weight()))
+        return head_cross_entropy(
+            states_ND, self.model.head, batch.target_ids, len(self.model.head_weight()), per_target_N
+        )
+
+    def _states(self, x_BTD: Tensor, batch: Batch) -> Tensor:
+        """The decoder's last states where the next token trains, [N, D]."""
+        language_model = self.model.model.language_model
+        index_N = batch.target_index
+        if self.packing is None or not self.packing.by_document or not batch.lengths:
+            # No attention_mask and no cache: transformers reads document borders from position_ids only when
+            # both are absent, and with either present packed documents see each other without a word.
+            out = language_model(inputs_embeds=x_BTD, position_ids=batch.position_ids, use_cache=False)
+            return out.last_hidden_state.flatten(0, 1).index_select(0, index_N)
+        documents, take_M = self.packing.needed(batch)
+        x_MD, positions_M = x_BTD.flatten(0, 1), batch.position_ids.flatten()
+        if take_M is not None:
+            x_MD, positions_M = x_MD.index_select(0, take_M), positions_M.index_select(0, take_M)
+        states_1MD = packed.run(language_model, x_MD[None], positions_M[None], documents)
+        if documents.rows is not None:
+            return states_1MD[0]
+        if take_M is not None:
+            index_N = packed.places(take_M, index_N, batch.input_ids.numel())
+        return states_1MD[0].index_select(0, index_N)
 
     def _count_cells(self, batch: Batch) -> int:
         """Labels of ``cells`` in a batch; refuses those that no class stands for."""
         assert self.heads is not None
         targets_ISH = batch.image_targets
         if targets_ISH is None:
-            if batch.pixel_values is None:
+            if batch.pixel_values is None and batch.image_features is None:
                 return 0
             raise DataError(f"{batch.sample_ids[0]}: {_why_no_targets(batch)}")
         classes = self.heads.classes
@@ -145,6 +236,19 @@ class Objective(nn.Module):
                     f"is {num}; it must be at least {label + 1}."
                 )
         return int((targets_ISH != IGNORE).sum())
+
+
+def _count_pairs(batch: Batch) -> int:
+    """Pairs of answers in a batch; refuses a sample that has only one."""
+    pairs = 0 if batch.pairs is None else len(batch.pairs)
+    answers = 0 if batch.target_document is None else len(batch.target_document.unique())
+    if answers != 2 * pairs:
+        raise DataError(
+            f"{batch.sample_ids[0]}: the dpo loss needs a chosen and a rejected answer of every sample, and "
+            f"this batch has {pairs} pairs in {answers} conversations; give its sources "
+            f"format = 'preference', or another loss to the stage."
+        )
+    return pairs
 
 
 def _why_no_targets(batch: Batch) -> str:

@@ -8,22 +8,25 @@ fit, a prompt that trains, an answer that does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from tinymodal.chat.encode import seen_by_tower
 from tinymodal.compose import build
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import IGNORE, Batch, Sample
-from tinymodal.model.encoders import encoder_of
-from tinymodal.model.geometry import num_tokens
-from tinymodal.train.groups import lines, who_trains
-from tinymodal.train.loop import check, open_data, stage_loader
+from tinymodal.train import adapters
+from tinymodal.train.groups import lines, trainable, who_trains
+from tinymodal.train.loop import check
+from tinymodal.train.memory import Memory, estimate, free_bytes
 from tinymodal.train.objective import Objective
 from tinymodal.train.recipe import Recipe, Stage
+from tinymodal.train.recompute import set_recompute
+from tinymodal.train.stage_data import stage_loader
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
     from tinymodal.chat.encode import Piece
     from tinymodal.compose.build import Composed
@@ -35,6 +38,8 @@ MANY_SIZES = ("anyres", "slices", "tiles", "native")
 """Ways to prepare a picture in which its own size decides how many tokens it takes."""
 TYPICAL_PX = ((480, 640), (1080, 1920), (2200, 1700))
 """Height and width of a small photograph, a screen, and a scanned page."""
+TYPICAL_ROWS = 4
+"""From which the memory of a step is told: pictures lie unevenly in rows."""
 SHOWN_CHARACTERS = 6_000
 """Of one row; the rest is left out and counted."""
 
@@ -58,69 +63,35 @@ def preview(recipe: Recipe, out: Console | None = None) -> None:
     for index, stage in enumerate(recipe.stages):
         out.print()
         _print_stage(recipe, index, composed, out)
-        loader = stage_loader(_one_row(recipe, index), index, composed)
+        loader = stage_loader(_few_rows(recipe, index, 1), index, composed)
         batch = next(loader)
-        _print_memory(memory(recipe, index, composed, batch), out)
-        _print_row(stage, composed, _samples(stage, loader, batch), batch, out)
+        rows = next(stage_loader(_few_rows(recipe, index, TYPICAL_ROWS), index, composed))
+        _print_memory(memory(recipe, index, composed, rows), out)
+        _print_row(stage, composed, _samples(loader, batch), batch, out)
 
 
-class Memory(NamedTuple):
-    """Bytes that a step holds, roughly."""
-
-    weights: int
-    training: int
-    """Gradients and the optimizer's two moments, of what trains."""
-    activations: int
-
-
-def memory(recipe: Recipe, index: int, composed: Composed, row: Batch) -> Memory:
-    """A rough estimate for one stage.
-
-    Activations are counted as 10 widths and 4 hidden widths of the MLP for each token and layer, as measured
-    on llama and siglip with sdpa; with ``recompute``, one width for each and one layer whole. The allocator,
-    the data and the fragments between them come on top.
+def memory(recipe: Recipe, index: int, composed: Composed, rows: Batch) -> Memory:
+    """What a step of a stage holds on its device, in one process.
 
     Args:
         recipe: the run.
         index: number of the stage.
-        composed: its model.
-        row: one row of the stage; its number of pictures is taken as typical.
+        composed: its model; adapters stand in it for the moment.
+        rows: some of the stage; its micro-batches are taken to be made of rows like these.
     """
     stage = recipe.stages[index]
-    heads = Objective(composed.model, stage.loss, stage.cell_classes).heads
-    rows = who_trains(composed.model, stage, heads)
-    # Norms are counted as rounded too; they are a thousandth.
-    sizes = {"language": stage.bits / 8} if stage.bits is not None else {}
-    weights = round(sum(row.parameters * sizes.get(row.group, 4) for row in rows))
-    trained = sum(row.trained for row in rows) * 4
-    tokens = stage.micro_batch_tokens or stage.batch_tokens
-    config = composed.model.config
-    size = 2 if recipe.precision == "bfloat16" else 4
-    activations = 0
-    if "text" in stage.loss:
-        activations += _activations(config.text_config, tokens, stage.recompute)
-    sees = stage.train.get("vision") or (stage.lora is not None and "vision" in stage.lora.parts)
-    if sees and row.pixel_values is not None:
-        patches = _patches(composed, row.pixel_values) * (tokens // stage.seq_len)
-        activations += _activations(config.vision_config, patches, stage.recompute)
-    return Memory(weights, 3 * trained, activations * size)
-
-
-def _patches(composed: Composed, pixel_values: Tensor | tuple[Tensor, ...]) -> int:
-    """Positions that the tower computes for some tiles."""
-    config = composed.model.config.vision_config
-    same_size = pixel_values if isinstance(pixel_values, tuple) else (pixel_values,)
-    return sum(
-        len(tiles) * num_tokens(encoder_of(config).grid(config, (tiles.shape[2], tiles.shape[3])))
-        for tiles in same_size
-    )
-
-
-def _activations(config: Any, positions: int, recompute: bool) -> int:
-    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    one_layer = 10 * width + 4 * int(getattr(config, "intermediate_size", None) or 4 * width)
-    per_position = layers * width + one_layer if recompute else layers * one_layer
-    return positions * per_position
+    names = [] if stage.lora is None else adapters.inject(composed.model, stage.lora, None)
+    try:
+        set_recompute(composed.model, stage.recompute)
+        with torch.random.fork_rng(devices=[]):
+            objective = Objective(composed.model, stage.loss, stage.cell_classes)
+        groups = trainable(
+            composed.model, stage.train, stage.weight_decay, objective.heads, stage.only, names
+        )
+        num_rows = stage.batch_tokens // stage.micro_batches // stage.seq_len
+        return estimate(objective, groups, stage, recipe.precision, rows, num_rows, stage.micro_batches)
+    finally:
+        adapters.merge(composed.model)
 
 
 def _print_parts(composed: Composed, out: Console) -> None:
@@ -148,20 +119,31 @@ def _print_parts(composed: Composed, out: Console) -> None:
 
 
 def _print_memory(found: Memory, out: Console) -> None:
-    mb = [f"{part / 1e6:,.{0 if part >= 1e7 else 1}f} MB" for part in (sum(found), *found)]
+    mb = [f"{part / 1e6:,.{0 if part >= 1e7 else 1}f} MB" for part in (found.total, *found)]
     out.print(
-        f"  memory, roughly: {mb[0]} = {mb[1]} weights + {mb[2]} optimizer + {mb[3]} activations",
+        f"  memory: {mb[0]} = {mb[1]} weights + {mb[2]} optimizer + {mb[3]} for the pass",
         markup=False,
     )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    free = free_bytes(device)
+    if found.total > free:
+        where = "the GPU has" if device.type == "cuda" else "this machine has"
+        out.print(
+            f"  this does not fit: {where} {free / 1e6:,.0f} MB free. Less is held with a smaller "
+            f"micro_batch_tokens, recompute = 'full', optimizer = 'adamw8bit', lora or bits",
+            style="bold red",
+            markup=False,
+        )
 
 
 def _print_stage(recipe: Recipe, index: int, composed: Composed, out: Console) -> None:
     stage = recipe.stages[index]
     template = stage.template or composed.encoder.template.name
+    in_all = f" ({stage.steps * stage.batch_tokens:,} in all)" if stage.steps else ""
+    steps = f"{stage.steps:,} steps" if stage.steps else "to the end of its data, steps"
     out.print(
-        f"[bold]stage {stage.name}[/]: {stage.steps:,} steps of {stage.batch_tokens:,} tokens "
-        f"({stage.steps * stage.batch_tokens:,} in all), rows of {stage.seq_len:,}, template {template}, "
-        f"schedule {stage.schedule}",
+        f"[bold]stage {stage.name}[/]: {steps} of {stage.batch_tokens:,} tokens{in_all}, "
+        f"rows of {stage.seq_len:,}, template {template}, schedule {stage.schedule}",
         soft_wrap=True,
     )
     heads = Objective(composed.model, stage.loss, stage.cell_classes).heads
@@ -169,18 +151,19 @@ def _print_stage(recipe: Recipe, index: int, composed: Composed, out: Console) -
         out.print(f"  {line}", markup=False)
 
 
-def _one_row(recipe: Recipe, index: int) -> Recipe:
-    """``recipe`` with batches of one row, read in this process."""
+def _few_rows(recipe: Recipe, index: int, rows: int) -> Recipe:
+    """``recipe`` with batches of so many rows, no more than a micro-batch has, read in this process."""
     stage = recipe.stages[index]
-    single = {"batch_tokens": stage.seq_len, "micro_batch_tokens": None, "workers": 0}
+    tokens = min(rows * stage.seq_len, stage.batch_tokens // stage.micro_batches)
+    single = {"batch_tokens": tokens, "micro_batch_tokens": None, "workers": 0, "cache": False}
     stages = list(recipe.stages)
     stages[index] = stage.model_copy(update=single)
     return recipe.model_copy(update={"stages": tuple(stages)})
 
 
-def _samples(stage: Stage, loader: Any, batch: Batch) -> list[Sample]:
+def _samples(loader: Any, batch: Batch) -> list[Sample]:
     """The samples of a batch, in its order: drawn again, since a batch holds only their ids."""
-    sources = [open_data(spec, f"stages.{stage.name}.data[{i}]") for i, spec in enumerate(stage.data)]
+    sources = loader.encode.sources
     found: dict[str, Sample] = {}
     for draw in range(loader.draws):
         where = loader.mixture(draw)

@@ -1,142 +1,64 @@
 """What a training run is: the parts, and the stages one after the other. A plain value, no torch.
 
-Read by ``core.config.load(path, Recipe)``; every key, its unit and its default stand here and nowhere else.
-Paths are relative to the working directory.
+Read by ``core.config.load(path, Recipe)``; every key, its unit and its default stand here and in
+``pieces.py``, and nowhere else. Paths are relative to the working directory.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import Field, Strict, field_validator, model_validator
 
 from tinymodal.compose.spec import ModelSpec
+from tinymodal.core.errors import RecipeError
 from tinymodal.core.lookup import nearest
+from tinymodal.train.pieces import (
+    GROUPS,
+    PARTS,
+    Choice,
+    Count,
+    Flag,
+    Fraction,
+    Group,
+    Lora,
+    Loss,
+    Natural,
+    Parallel,
+    Rate,
+    Source,
+    Teacher,
+    Value,
+    read_choice,
+)
 
-Group = Literal["vision", "connectors", "language", "embeddings", "adapters", "heads"]
-GROUPS: tuple[Group, ...] = ("vision", "connectors", "language", "embeddings", "adapters", "heads")
-PARTS = ("vision", "connectors", "language")
-"""Groups that are rooms of the model: of these a stage may train less than all, or adapters instead."""
-Loss = Literal["text", "cells"]
-
-# Strict scalars: "10" is not 10 and true is not 1. Whole numbers are welcome where a float is asked for.
-Count = Annotated[int, Strict(), Field(gt=0)]
-Natural = Annotated[int, Strict(), Field(ge=0)]
-Rate = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Strict(), Field(ge=0, le=1)]
-Flag = Annotated[bool, Strict()]
-
-
-class Value(BaseModel):
-    """Frozen, and no key that nobody knows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Source(Value):
-    """Where rows come from: files by ``path`` and ``format``, or made ones by ``made`` and ``options``."""
-
-    path: str | None = None
-    """A file or a glob of .json, .jsonl or .parquet."""
-    format: str | None = None
-    """``llava``, ``messages``, ``caption``, ``vqa``, or your own ``my_rows.py:convert``."""
-    images: str | None = None
-    """Folder that relative picture paths are looked up in, after the data file's own folder: first
-    by the whole path, then by the file name alone."""
-    made: str | None = None
-    """Name of a generator in ``tinymodal.data.synthetic.MADE``, or your own ``my_data.py:Make``."""
-    options: dict[str, Any] = {}
-    """Keyword arguments of the generator."""
-    weight: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Share of samples relative to the other sources of the stage."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Source:
-        if (self.path is None) == (self.made is None):
-            both = "both" if self.path else "neither"
-            raise ValueError(f"a source has either 'path' or 'made', found {both}")
-        if self.path is not None and self.format is None:
-            raise ValueError("'path' needs 'format': llava, messages, caption, vqa or my_rows.py:convert")
-        if self.path is not None and self.options:
-            raise ValueError("'options' are for 'made' sources; this one has 'path'")
-        if self.made is not None and (self.format is not None or self.images is not None):
-            raise ValueError("'format' and 'images' are for 'path' sources; this one is 'made'")
-        return self
+__all__ = [
+    "GROUPS",
+    "PARTS",
+    "Choice",
+    "Group",
+    "Lora",
+    "Parallel",
+    "Recipe",
+    "Source",
+    "Stage",
+    "Teacher",
+    "read_choice",
+]
 
 
-class Choice(NamedTuple):
-    """Which of a group's parameters train."""
-
-    layer: int | None = None
-    """This block and all behind it, counted from 0."""
-    norms: bool = False
-    """The weights of its norms."""
-    biases: bool = False
-    """The biases of its norms as well."""
-    names: tuple[str, ...] = ()
-    """Its modules, or single parameters, of these names."""
-
-
-CHOICES = "'from layer K', 'norms', 'norms with biases' or 'named X, Y'"
-
-
-def read_choice(text: str) -> Choice:
-    """What a value of ``only`` means.
-
-    Raises:
-        ValueError: it means nothing.
-    """
-    if match := re.fullmatch(r"from layer (\d+)", text):
-        return Choice(layer=int(match[1]))
-    if text in ("norms", "norms with biases"):
-        return Choice(norms=True, biases=text != "norms")
-    if match := re.fullmatch(r"named ([\w.]+(?:, *[\w.]+)*)", text):
-        return Choice(names=tuple(re.split(r", *", match[1])))
-    raise ValueError(f"'{text}' chooses nothing; take {CHOICES}")
-
-
-class Lora(Value):
-    """Small matrices that train in place of the large ones beside which they stand."""
-
-    rank: Count
-    """Columns of one small matrix and rows of the other."""
-    alpha: Count | None = None
-    """The adapter counts alpha / rank (``rslora``: alpha / root of rank); None: twice the rank."""
-    dropout: Fraction = 0.05
-    """Fraction of an adapter's inputs that is left out at random while it trains."""
-    parts: tuple[str, ...] = ("language",)
-    """Where they stand: any of ``vision``, ``connectors``, ``language``. Never on the language head."""
-    targets: str | tuple[str, ...] = "linear"
-    """``linear``: every linear layer of the parts; or the layers' own names: ``["q_proj", "v_proj"]``."""
-    kind: Literal["lora", "dora", "rslora"] = "lora"
-    """``dora`` learns the length of every row as well; ``rslora`` keeps large ranks from counting less."""
-
-    @field_validator("parts")
-    @classmethod
-    def _parts(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
-        if not parts:
-            raise ValueError("is empty; give at least one, e.g. ['language']")
-        for part in parts:
-            if part not in PARTS:
-                raise ValueError(f"unknown part '{part}'; parts: {', '.join(PARTS)}{nearest(part, PARTS)}")
-        return parts
-
-    @field_validator("targets")
-    @classmethod
-    def _targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not targets:
-            raise ValueError("is empty; take 'linear' for every linear layer")
-        if isinstance(targets, str) and targets != "linear":
-            raise ValueError(f"'{targets}' is not 'linear'; names stand in a list: ['{targets}']")
-        return targets
-
-    @field_validator("dropout")
-    @classmethod
-    def _dropout(cls, dropout: float) -> float:
-        if dropout == 1:
-            raise ValueError("1 leaves every input out; take less")
-        return dropout
+HARMLESS = (
+    "name", "save_every", "keep", "keep_best", "save_async", "threads", "device", "parts", "parallel",
+    "trackers", "cache_folder", "cache_gb",
+)  # fmt: skip
+"""Keys of a recipe that may change between two starts of one run."""
+HARMLESS_IN_STAGES = (
+    "workers", "bad_steps", "bad_rows", "micro_batch_tokens", "recompute", "held_out", "held_out_every",
+    "held_out_samples",
+)  # fmt: skip
+"""Keys of its stages that may, too: they change how it is computed, and no sample or gradient but for
+rounding."""
 
 
 class Stage(Value):
@@ -149,7 +71,7 @@ class Stage(Value):
     (with the learned marks), language (the decoder, and its embeddings unless they are listed or ``only``
     names language), embeddings (token embeddings and language head), adapters (of ``lora``), heads (the cell
     heads)."""
-    only: dict[str, str] = {}
+    only: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Group -> what of it trains, where that is not all of it: ``from layer 12`` (that block, counted from 0,
     and the ones behind it), ``norms`` (their weights), ``norms with biases``, ``named proj, query`` (modules
     or parameters of these names). For vision, connectors and language."""
@@ -159,15 +81,23 @@ class Stage(Value):
     """What the language model's linear layers are stored in while adapters on them train; None: 32."""
     data: tuple[Source, ...]
     """Where samples come from; several sources are mixed by ``weight``."""
-    steps: Count
-    """Optimizer steps."""
+    steps: Count | None = None
+    """Optimizer steps. None only where the stage ends with its data; rates then follow the share of it that
+    was read."""
+    ends: Literal["repeat", "stop", "drop"] = "repeat"
+    """When the data are read: ``repeat`` starts over, for as many ``steps`` as are given; ``stop`` ends the
+    stage with the first source that was read ``epochs`` times; ``drop`` goes on without it, to the last."""
 
     seq_len: Count = 2048
     """Positions in a row; samples are packed into rows and never cut, a longer one is dropped and counted."""
     batch_tokens: Count = 16_384
     """Positions per optimizer step; a multiple of ``seq_len``."""
-    micro_batch_tokens: Count | None = None
-    """Positions that run at once, for memory; None: the whole batch. The gradient is the same."""
+    batching: Literal["pack", "grouped"] = "pack"
+    """``pack``: several samples in a row, kept apart. ``grouped``: a sample a row, with others of its length
+    and media, padded to the longest."""
+    micro_batch_tokens: Count | Literal["auto"] | None = None
+    """Positions that run at once, for memory; None: the whole batch; ``auto``: as many as fit, tried before
+    the first step. The gradient is the same."""
     patches: Count | None = None
     """Image patches in a row at most, the packer's second budget; None: no limit."""
     template: str | None = None
@@ -176,7 +106,15 @@ class Stage(Value):
     """``all``: every word trains, questions too; for teaching a new language model its language."""
 
     loss: tuple[Loss, ...] = ("text",)
-    """``text``: next token where a label is. ``cells``: what each image token shows (made data only)."""
+    """``text``: next token where a label is. ``cells``: what each image token shows (made data only).
+    ``dpo``: of two answers the chosen one becomes likelier. ``distill``: next tokens as a ``teacher`` has
+    them."""
+    loss_weights: dict[Loss, Rate] = {}  # noqa: RUF012 - pydantic copies it
+    """Loss -> what it counts in the sum; 1 if it is not listed."""
+    beta: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 0.1
+    """``dpo``: the smaller, the further the model may go from what it was when the stage began."""
+    teacher: Teacher | None = None
+    """``distill``: whom to learn from: ``{ path = "some/model", top_k = 64 }``."""
     cell_classes: tuple[Count, ...] = ()
     """Number of classes of each cell head, in the order of ``Image.targets``; ``cells`` only."""
 
@@ -195,14 +133,32 @@ class Stage(Value):
     clip: Rate = 1.0
     """Norm that the gradient is cut to; 0: never cut."""
 
-    bad_rows: Literal["raise", "skip"] = "raise"
-    """``skip``: a row that cannot be read is left out, counted, and listed in ``run/skipped.jsonl``."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """``adamw8bit`` keeps its two numbers for each weight in 8 bits (bitsandbytes); ``adafactor`` keeps rows
+    and columns of them only."""
+    bad_steps: Natural = 3
+    """A step whose loss or gradient is not finite is skipped and its samples are named; the run ends after
+    more than so many in a row."""
+    bad_rows: Literal["raise", "skip"] | Natural = "raise"
+    """``skip``: a row that cannot be read is left out, counted, and listed in ``run/skipped.jsonl``. A
+    number: so many at most."""
+    cache: Flag = False
+    """Keep the features of the frozen tower on disk, and encode no picture twice; see ``docs/cache.md``."""
+    cache_dtype: Literal["bfloat16", "float8"] = "bfloat16"
+    """What features are kept in; training reads them so from the first time on."""
+    held_out: tuple[Source, ...] = ()
+    """Data whose loss is measured and never trained on."""
+    held_out_every: Count = 200
+    """Steps between two such measurements; the last step has one, too."""
+    held_out_samples: Count = 200
+    """Samples of ``held_out`` that are read, the same ones each time."""
     workers: Natural = 0
     """Processes that read and encode samples; 0: this one. The batches are the same."""
     seed: Natural | None = None
     """None: the recipe's seed plus the stage's number."""
-    recompute: Flag = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    recompute: Literal["none", "full"] | Count = "none"
+    """Compute activations again in the backward pass, of every block (``full``, about a third more time) or
+    of every k-th only: less memory. true and false are understood as ``full`` and ``none``."""
 
     @field_validator("name")
     @classmethod
@@ -223,6 +179,11 @@ class Stage(Value):
                 "the stage trains nothing; give a group a rate above 0, e.g. {connectors = 1e-3}"
             )
         return train
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _recompute(cls, value: object) -> object:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("only")
     @classmethod
@@ -255,10 +216,34 @@ class Stage(Value):
                 f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.seq_len}; take {near}"
             )
         micro = self.micro_batch_tokens
-        if micro is not None and (micro % self.seq_len or self.batch_tokens % micro):
+        if isinstance(micro, int) and (micro % self.seq_len or self.batch_tokens % micro):
             raise ValueError(
                 f"micro_batch_tokens {micro} must be a multiple of seq_len {self.seq_len} "
                 f"and divide batch_tokens {self.batch_tokens}"
+            )
+        if self.steps is None and self.ends == "repeat":
+            raise ValueError("missing key 'steps' in Stage; or let the data end it: ends = 'stop' or 'drop'")
+        if ("distill" in self.loss) != (self.teacher is not None):
+            raise ValueError(
+                "loss 'distill' and the key 'teacher' go together; add the other, or take it out"
+            )
+        if "dpo" in self.loss and "text" in self.loss:
+            raise ValueError("'dpo' reads pairs of answers, 'text' single ones; give each its own stage")
+        if self.cache and "distill" in self.loss:
+            raise ValueError(
+                "'cache' keeps what this model's tower says in place of pixels, and a teacher reads pixels; "
+                "take one of the two out"
+            )
+        if self.ends == "repeat" and any(source.epochs != 1 for source in self.data):
+            raise ValueError(
+                "'epochs' is for data that end; add ends = 'drop' or 'stop', or take it out of the source"
+            )
+        unread = [name for name in self.loss_weights if name not in self.loss]
+        if unread:
+            raise ValueError(f"loss_weights.{unread[0]} has a weight, but it is not in 'loss'")
+        if self.cache and (self.train.get("vision") or (self.lora and "vision" in self.lora.parts)):
+            raise ValueError(
+                "'cache' keeps what the tower says, but the tower trains in this stage; take one out"
             )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(
@@ -319,8 +304,29 @@ class Stage(Value):
 
     @property
     def micro_batches(self) -> int:
-        """Batches that one step reads."""
-        return self.batch_tokens // (self.micro_batch_tokens or self.batch_tokens)
+        """Batches that one step of one process reads."""
+        return self.split(1)[1]
+
+    def split(self, ranks: int, micro_tokens: int | None = None) -> tuple[int, int]:
+        """Positions of a micro-batch, and how many of them each of ``ranks`` processes reads in a step.
+
+        Args:
+            ranks: processes that share the step.
+            micro_tokens: in place of ``micro_batch_tokens``, once ``auto`` is settled.
+
+        Raises:
+            RecipeError: the step cannot be shared evenly.
+        """
+        wanted = micro_tokens if micro_tokens is not None else self.micro_batch_tokens
+        own, rest = divmod(self.batch_tokens, ranks)
+        micro = wanted if isinstance(wanted, int) else own
+        if rest or own % micro or micro % self.seq_len:
+            least = ranks * (wanted if isinstance(wanted, int) else self.seq_len)
+            raise RecipeError(
+                f"stages.{self.name}.batch_tokens is {self.batch_tokens}, which {ranks} processes cannot "
+                f"share in whole micro-batches; take a multiple of {least}"
+            )
+        return micro, own // micro
 
 
 class Recipe(Value):
@@ -335,14 +341,29 @@ class Recipe(Value):
     seed: Natural = 0
     """Fixes random weights, the order of samples and dropout."""
     save_every: Natural = 200
-    """Steps between two checkpoints; 0: only at the end of each stage. The newest two are kept."""
+    """Steps between two checkpoints; 0: only at the end of each stage."""
+    keep: Count = 2
+    """Newest checkpoints that stay."""
+    keep_best: Flag = False
+    """Keep the one with the lowest held-out loss of its stage as well."""
+    save_async: Flag = True
+    """Write checkpoints while training goes on, from a copy in the host's memory."""
     threads: Count | None = None
     """Threads of torch; None: torch decides. On a busy small machine 1 is often fastest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: a GPU if there is one."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the passes compute in (autocast); weights and optimizer stay float32. bfloat16 is for GPUs."""
-    parts: dict[Literal["vision", "language"], str] = {}
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the passes compute in (autocast), and what frozen weights are held in on a GPU; weights that train
+    and the optimizer stay float32. ``float16`` scales the loss, for GPUs without bfloat16."""
+    parallel: Parallel = Parallel()
+    """How several processes share the work."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the metrics go besides ``metrics.jsonl``."""
+    cache_folder: str | None = None
+    """Where stages with ``cache`` keep features, for all runs; None: ``~/.cache/tinymodal/features``."""
+    cache_gb: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 50.0
+    """What this folder may hold; what was not used for longest goes first."""
+    parts: dict[Literal["vision", "language"], str] = {}  # noqa: RUF012 - pydantic copies it
     """Part -> folder that it is saved in alone, at the end of the run."""
 
     @field_validator("stages")
@@ -355,6 +376,14 @@ class Recipe(Value):
             if names.count(name) > 1:
                 raise ValueError(f"two stages are called '{name}'; each needs its own name")
         return stages
+
+    @model_validator(mode="after")
+    def _best_of_some(self) -> Recipe:
+        if self.keep_best and not any(stage.held_out for stage in self.stages):
+            raise ValueError(
+                "'keep_best' needs a held-out loss to tell by; give a stage held_out, or take it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_exist(self) -> Recipe:
@@ -375,6 +404,15 @@ class Recipe(Value):
         if "vision" in self.parts and self.model.vision is None:
             raise ValueError("parts.vision is named, but the model has no vision part")
         return self
+
+    def essence(self) -> Recipe:
+        """The recipe without what may change between two starts of one run: ``HARMLESS``."""
+        plain = type(self).model_fields
+        same = {key: plain[key].get_default(call_default_factory=True) for key in HARMLESS if key != "name"}
+        own = Stage.model_fields
+        of_stage = {key: own[key].default for key in HARMLESS_IN_STAGES}
+        stages = tuple(stage.model_copy(update=of_stage) for stage in self.stages)
+        return self.model_copy(update={**same, "name": "", "stages": stages})
 
     def stage_seed(self, index: int) -> int:
         """Seed of stage ``index``."""

@@ -22,8 +22,8 @@ from tinymodal.core.config import load
 from tinymodal.core.errors import RecipeError
 from tinymodal.data.sources import open_source
 from tinymodal.model.processing_tinymodal import TinyModalImageProcessor, TinyModalProcessor
-from tinymodal.train.loop import open_data
 from tinymodal.train.recipe import Lora, Recipe, Source, Stage, read_choice
+from tinymodal.train.stage_data import open_data
 
 STEPS = 2
 """Of each stage."""
@@ -62,6 +62,8 @@ def shrink_recipe(recipe: Recipe, folder: Path, beside: Path | None = None) -> t
         "stages": stages,
         "save_every": 0,
         "parts": {part: str(folder / "parts" / part) for part in recipe.parts},
+        "trackers": (),
+        "cache_folder": str(folder / "features"),
     }
     return Recipe.model_validate(recipe.model_copy(update=changes).model_dump()), toy
 
@@ -99,21 +101,26 @@ def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
     template = template_of(stage.template) if stage.template else encoder.template
     captions = bool(getattr(template, "captions_only", False))
     if "cells" in stage.loss:
-        data = stage.data  # made already, with what each cell shows
+        data, held_out = stage.data, stage.held_out  # made already, with what each cell shows
         rows = open_data(data[0], f"stages.{stage.name}.data[0]")
     else:
         toys = ("captions.jsonl", "caption") if captions else ("chats.jsonl", "messages")
         file, form = folder / toys[0], toys[1]
         rows = open_source(str(file), form)
-        data = tuple(Source(path=str(file), format=form, weight=source.weight) for source in stage.data)
+
+        def made(source: Source) -> Source:
+            return Source(name=source.label, path=str(file), format=form, weight=source.weight)
+
+        data, held_out = tuple(map(made, stage.data)), tuple(map(made, stage.held_out))
     own = encoder.using(template=stage.template, train_on=stage.train_on)
     encoded = [own(rows.sample(i)) for i in range(len(SHAPES))]
     seq_len = -(-max(len(sample.ids) for sample in encoded) // 8) * 8
     changes: dict[str, Any] = {
         "steps": STEPS,
+        "ends": "repeat",
         "seq_len": seq_len,
         "batch_tokens": ROWS * seq_len,
-        "micro_batch_tokens": None if stage.micro_batch_tokens is None else seq_len,
+        "micro_batch_tokens": seq_len if isinstance(stage.micro_batch_tokens, int) else None,
         "patches": stage.patches and ROWS * max(sample.num_patches for sample in encoded),
         "workers": 0,
         "lora": _lora(stage.lora),
@@ -122,6 +129,8 @@ def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
             for group, text in stage.only.items()
         },
         "data": data,
+        "held_out": held_out,
+        "held_out_samples": min(stage.held_out_samples, len(SHAPES)),
     }
     return stage.model_copy(update=changes)
 
