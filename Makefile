@@ -17,7 +17,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(STAMP): $(VENV)/.demo
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,data,train,quant,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,data,hub,train,quant,dev]'
 	# Alone: it would bring torchvision, of which nothing here is used.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@

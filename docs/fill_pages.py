@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
-from tinymodal.train.recipe import Lora, Recipe, Source, Stage
+from tinymodal.train.recipe import Lora, Parallel, Recipe, Source, Stage, Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES: dict[type[BaseModel], str] = {
@@ -31,7 +31,9 @@ TABLES: dict[type[BaseModel], str] = {
     VisionSpec: "`[model.vision]`",
     Stage: "each `[[stages]]`",
     Lora: "a stage's `lora`",
-    Source: "each member of a stage's `data`",
+    Source: "each member of a stage's `data` and `held_out`",
+    Teacher: "a stage's `teacher`",
+    Parallel: "`[parallel]`",
 }
 KINDS = {
     "str": "text",
@@ -45,6 +47,9 @@ KINDS = {
     "LanguageSpec": "table",
     "VisionSpec": "table",
     "Lora": "table",
+    "Parallel": "table",
+    "Teacher": "table",
+    "dict[Loss, Rate]": "table",
     "str | tuple[str, ...]": "text or list of texts",
     "tuple[str, ...]": "list of texts",
     "dict[str, str]": "table",
@@ -58,10 +63,11 @@ KINDS = {
     "dict[Literal['vision', 'language'], str]": "table: `vision`, `language`",
     "tuple[Stage, ...]": "list of tables",
     "tuple[Source, ...]": "list of tables",
-    "tuple[Loss, ...]": "list of `text`, `cells`",
+    "tuple[Loss, ...]": "list of `text`, `cells`, `dpo`, `distill`",
     "tuple[Count, ...]": "list of whole numbers",
     "tuple[Fraction, Fraction]": "two numbers",
     "Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]": "number > 0",
+    "tuple[Literal['tensorboard', 'wandb', 'trackio'], ...]": "list of `tensorboard`, `wandb`, `trackio`",
 }
 ROOMS = {
     "core": "floor 1: words everyone speaks",
@@ -147,11 +153,14 @@ def _fields(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
 
 def _kind(annotation: str) -> str:
     plain = annotation.removesuffix(" | None")
-    if choices := re.fullmatch(r"Literal\[(.*)\]", plain):
+    if plain in KINDS:
+        return KINDS[plain]
+    if choices := re.fullmatch(r"Literal\[([^\]]*)\]", plain):
         return ", ".join(f"`{word.strip(chr(39))}`" for word in choices[1].split(", "))
-    if plain not in KINDS:
+    several = plain.split(" | ")
+    if len(several) == 1:
         raise SystemExit(f"docs/fill_pages.py: no words for a value of type {plain}; add them to KINDS")
-    return KINDS[plain]
+    return " or ".join(map(_kind, several))
 
 
 def _default(model: type[BaseModel], name: str) -> str:
@@ -161,6 +170,8 @@ def _default(model: type[BaseModel], name: str) -> str:
     value: Any = field.default
     if value is None or value in ({}, ()):
         return "–"
+    if isinstance(value, BaseModel):
+        return ""  # its keys have defaults of their own
     return f"`{json.dumps(value)}`"
 
 
