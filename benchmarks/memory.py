@@ -5,9 +5,9 @@
 
 Counted on tensors that have shapes and no numbers, operator by operator: what is alive, and for how long.
 Nothing is allocated: a laptop tells what a large card would hold, but for what its allocator rounds up and
-its libraries' own workspaces. A micro-batch is two rows of 4,096 positions for ours and the eight samples of
-TinyLLaVA's second stage for the plain way; both mean about eight samples. Weights that train and their
-gradients are float32 in both; frozen ones lie in 16 bits where the passes do.
+its libraries' own workspaces. A micro-batch is two rows of 4,096 positions for ours, and the eight samples of
+TinyLLaVA's second stage for the plain way; our activations are told for eight samples too. Weights that train
+and their gradients are float32 in both; frozen ones lie in 16 bits where the passes do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import ours as engine
 from benchmarks.measure import Counts, Row, begin, count, finish, less, words
 from benchmarks.shapes import REAL, TOY, Kind, Shape
-from benchmarks.train_step import micro_batches, plain_way
+from benchmarks.train_step import MICRO_BATCH, micro_batches, plain_way
 from tinymodal.train.precision import Precision
 from tinymodal.train.recompute import Recompute
 
@@ -80,7 +80,9 @@ def compared(shape: Shape, kind: Kind, precisions: Sequence[Precision]) -> list[
     data = engine.Data(shape, kind, 1)
     rows = []
     for precision in precisions:
-        plain = {how: plain_holds(shape, kind, data, how == "full", precision) for how in ("none", "full")}
+        plain: dict[Recompute, Held] = {
+            how: plain_holds(shape, kind, data, how == "full", precision) for how in ("none", "full")
+        }
         for how, told in HOW.items():
             title = f"{shape.name} {kind}, {precision}, {told}"
             # The plain way recomputes everything or nothing, and has AdamW in 32 bits.
@@ -103,7 +105,7 @@ def ours_holds(
         ours = engine.Ours(model, engine.stage_of(shape, kind), recompute, precision)
         unread = [engine.without_numbers(mode, batch) for batch in batches]
         found = count(lambda: ours.passes(unread), ours.parameters())
-        return held(model, found, ours.parameters())
+        return held(model, found, ours.parameters(), MICRO_BATCH / len(data.samples))
 
 
 def plain_holds(shape: Shape, kind: Kind, data: engine.Data, recompute: bool, precision: Precision) -> Held:
@@ -128,11 +130,11 @@ def plain_holds(shape: Shape, kind: Kind, data: engine.Data, recompute: bool, pr
         return held(plain, count(work, trained), trained)
 
 
-def held(model: torch.nn.Module, found: Counts, trained: list[Any]) -> Held:
-    """Together."""
+def held(model: torch.nn.Module, found: Counts, trained: list[Any], share: float = 1.0) -> Held:
+    """Together; of the activations a ``share``."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     gradients = sum(p.numel() * p.element_size() for p in trained) / 1e6
-    return Held(weights, gradients, found.activations_mb, trained)
+    return Held(weights, gradients, share * found.activations_mb, trained)
 
 
 if __name__ == "__main__":

@@ -174,9 +174,13 @@ class Made:
     def __init__(self, shape: Shape, kind: Kind, seed: int = 0) -> None:
         self.shape, self.kind, self.seed = shape, kind, seed
         # A benchmark draws its samples again each round; making them is no part of what it measures.
-        self.sample = lru_cache(maxsize=4096)(self._sample)
+        self._made = lru_cache(maxsize=4096)(self._make)
 
-    def _sample(self, index: int) -> Encoded:
+    def sample(self, index: int) -> Any:
+        """Sample ``index``, encoded already."""
+        return self._made(index)
+
+    def _make(self, index: int) -> Encoded:
         rng = random.Random(f"{self.seed}/{index}")
         pieces, picture = _caption() if self.kind == "pretrain" else _conversation(rng, self.shape.scale)
         noise = torch.Generator().manual_seed(rng.randrange(2**31))

@@ -30,7 +30,7 @@ TOLD = {
     ),
     "memory": (
         "What a step holds",
-        "At its worst moment, counted likewise in the real sizes, for a micro-batch of about eight samples.",
+        "At its worst moment, counted likewise in the real sizes, with the activations of eight samples.",
     ),
     "gpu": (
         "On one GPU",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -105,7 +106,9 @@ def add_shard(verbs: Verbs) -> None:
         help="write data as tar shards: tinymodal shard chats.jsonl shards --format messages --images photos",
     )
     p.add_argument("source", help="a file or a pattern: .json, .jsonl, .parquet, .tar; or a made source")
-    p.add_argument("out", type=Path, help="folder of the shards; those that are whole already are kept")
+    p.add_argument(
+        "out", type=Path, nargs="?", help="folder of the shards; those that are whole already are kept"
+    )
     p.add_argument(
         "--format", metavar="F", help="of the rows: llava, messages, caption, vqa, ...; made: none"
     )
@@ -121,7 +124,7 @@ def add_shard(verbs: Verbs) -> None:
     p.add_argument(
         "--workers", type=natural, default=0, metavar="N", help="processes that read (%(default)s)"
     )
-    p.add_argument("--check", action="store_true", help="read the shards of OUT again, and compare checksums")
+    p.add_argument("--check", action="store_true", help="compare the shards of a folder with their checksums")
     p.set_defaults(run=run_shard)
 
 
@@ -268,7 +271,8 @@ def run_train(args: argparse.Namespace) -> None:
 
     run(recipe, folder)
     if os.environ.get("RANK", "0") == "0":
-        print(f"\nThe model is in {folder / 'model'}. Talk to it:\n\n  {program()} chat {folder / 'model'}\n")
+        model = folder / "model"
+        print(f"\nThe model is in {model}. Talk to it:\n\n  {program()} chat {shlex.quote(str(model))}\n")
 
 
 def run_preview(args: argparse.Namespace) -> None:
@@ -306,11 +310,16 @@ def run_shard(args: argparse.Namespace) -> int:
     from tinymodal.data.shard import check_shards, shard
 
     if args.check:
-        wrong = check_shards(args.out)
+        wrong = check_shards(args.out or args.source)
         for line in wrong:
             print(line)
-        print("some shards are not as they were written" if wrong else "all shards are as they were written")
+        told = (
+            "these are not as they were written; delete them and write the folder again: what is whole stays"
+        )
+        print(told if wrong else "all shards are as they were written")
         return 1 if wrong else 0
+    if args.out is None:
+        raise RecipeError("shard: the folder of the shards is missing; tinymodal shard SOURCE OUT")
     if args.bad_rows not in ("raise", "skip") and not args.bad_rows.isdecimal():
         raise RecipeError(f"--bad-rows {args.bad_rows}: expected raise, skip, or how many may be left out")
     bad_rows = int(args.bad_rows) if args.bad_rows.isdecimal() else args.bad_rows
@@ -346,7 +355,7 @@ def run_shard(args: argparse.Namespace) -> int:
         f"{done.num_bytes / 1e6:,.1f} MB"
     )
     for row in done.skipped:
-        print(f"  left out: {row.row_id}: {row.reason}")
+        print(f"  left out: {row.reason if row.reason.startswith(row.row_id) else ': '.join(row)}")
     print(f'\nIn a recipe:\n\n  data = [{{ path = "{done.folder}/*.tar", format = "messages" }}]\n')
     return 0
 
@@ -489,7 +498,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TinyModalError as error:
         return told(str(error))
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last save", file=sys.stderr)
+        saves = args.run in (run_train, run_demo)
+        goes_on = "; the same command goes on from the last save, if there is one" if saves else ""
+        print(f"\nstopped{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader has gone (| head). Python would complain once more while it closes stdout.

@@ -88,7 +88,7 @@ def test_every_trained_part_gets_a_gradient_marks_included(composed):
     document = composed.encoder(asked(SIZES[2], SIZES[1], answer="yes"))
     batch = collate([[document]], composed.tokenizer.pad_token_id, composed.model.config.image_token_id)
     composed.model.zero_grad()
-    Objective(composed.model, ("text",)).train()(batch)["text"].backward()
+    Objective(composed.model, ("text",)).train()(batch).sums["text"].backward()
     for part in (composed.model.model.connectors, composed.model.model.marks):
         for name, parameter in part.named_parameters():
             assert parameter.grad is not None, name

@@ -96,7 +96,7 @@ def test_padding_changes_neither_the_loss_nor_what_is_learned(kind):
 
     def gradients(rows, **pad) -> dict[str, torch.Tensor]:
         composed.model.zero_grad()
-        Objective(composed.model)(collate(rows, 0, image_id, **pad))["text"].backward()
+        Objective(composed.model)(collate(rows, 0, image_id, **pad)).sums["text"].backward()
         return {name: p.grad.clone() for name, p in composed.model.named_parameters()}
 
     alone = gradients([[documents[0]], [documents[1]]])

@@ -160,3 +160,40 @@ def test_preview_tiny_shows_a_row_of_each_stage(written, tmp_path, monkeypatch, 
     out, _ = capsys.readouterr()
     assert out.count("[image: 6x6 -> 36 tokens]") >= 2
     assert "What colour is it? ASSISTANT:« " in out
+
+
+NEW = """
+name = "new"
+
+[model]
+language = { path = "Qwen/Qwen2.5-0.5B", template = "chatml" }
+vision = { path = "google/siglip-base-patch16-224", connector = "linear" }
+
+[[stages]]
+name = "prefer"
+train = { connectors = 1e-4 }
+loss = ["dpo"]
+steps = 100
+cache = true
+data = [{ path = "pairs.jsonl", format = "preference" }]
+
+[[stages]]
+name = "imitate"
+train = { connectors = 1e-4 }
+loss = ["text", "distill"]
+teacher = { path = "some/teacher", top_k = 64, cached = true }
+ends = "drop"
+data = [{ hub = "org/set", format = "messages", epochs = 2 }]
+held_out = [{ path = "held.jsonl", format = "messages" }]
+"""
+
+
+def test_preferences_teachers_ends_and_held_out_samples_run_at_toy_size_too(tmp_path):
+    from tinymodal.train.loop import run
+
+    (tmp_path / "new.toml").write_text(NEW)
+    small, _ = shrink_recipe(load(tmp_path / "new.toml", Recipe), tmp_path / "toy")
+    run(small, tmp_path / "run", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows if "loss" in row] == ["prefer"] * STEPS + ["imitate"] * STEPS
+    assert "held_out" in rows[-1]

@@ -10,7 +10,7 @@ import torch
 
 from tinymodal.compose import build
 from tinymodal.compose.tiny import tiny_model
-from tinymodal.core.errors import DataError, RecipeError
+from tinymodal.core.errors import CheckpointError, DataError, RecipeError
 from tinymodal.train import stage as one_stage
 from tinymodal.train.loop import run
 
@@ -265,3 +265,66 @@ def test_several_samples_to_a_row_or_one_it_trains_either_way(recipe, tmp_path):
     run(recipe(batching="grouped", batch_tokens=128, steps=3), tmp_path / "run", progress=False)
     assert all(math.isfinite(row["loss"]) for row in metrics(tmp_path / "run"))
     assert TALK.endswith("talk.py")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "distill"])
+def test_a_micro_batch_is_found_beside_another_model(recipe, tmp_path, loss):
+    larger = tmp_path / "larger"
+    build.save(tiny_model(words=WORDS, seed=3), larger)
+    own = {"data": [{"made": f"{TALK}:Pairs"}]} if loss == "dpo" else {"teacher": {"path": str(larger)}}
+    run(recipe(loss=[loss], micro_batch_tokens="auto", steps=1, **own), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_micro_batch_is_found_with_rounded_weights_and_adapters_train_in_float32(recipe, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    plan = recipe(
+        train={"adapters": 1e-3},
+        lora={"rank": 4},
+        bits=bits,
+        micro_batch_tokens="auto",
+        precision="float16",
+        steps=1,
+    )
+    run(plan, tmp_path / "run", progress=False)
+
+
+def test_a_teacher_looks_at_few_rows(recipe, tmp_path):
+    larger = tmp_path / "larger"
+    build.save(tiny_model(words=WORDS, seed=3), larger)
+    plan = recipe(loss=["distill"], teacher={"path": str(larger)}, data=[data(tmp_path, 3)], steps=1)
+    run(plan, tmp_path / "run", progress=False)
+
+
+def test_a_stage_leaves_no_gradients_behind(recipe, tmp_path):
+    composed = run(recipe({"name": "a"}, {"name": "b", "train": SEEING}, steps=1), tmp_path, progress=False)
+    assert all(p.grad is None for p in composed.model.parameters())
+
+
+def test_a_teacher_that_is_not_there_is_told_before_the_first_stage(recipe, tmp_path):
+    later = {"name": "b", "loss": ["distill"], "teacher": {"path": str(tmp_path / "no")}}
+    with pytest.raises(CheckpointError, match=r"stages\.b\.teacher\.path"):
+        run(recipe({"name": "a"}, later, steps=1), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_data_without_a_target_are_told_before_the_first_step(recipe, tmp_path):
+    turns = [{"role": "user", "content": "red " * 100}, {"role": "assistant", "content": "one"}]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    held = {"path": str(tmp_path / "long.jsonl"), "format": "messages"}
+    with pytest.raises(DataError, match="none of the samples has anything"):
+        run(recipe(held_out=[held], save_every=0), tmp_path / "run", progress=False)
+    assert not metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache": True, "loss": ["distill"], "teacher": {"path": "a"}, "train": SEEING},
+        {"data": [{"made": "scenes", "epochs": 2}]},
+        {"keep_best": True},
+    ],
+)
+def test_keys_that_would_do_nothing_or_harm_are_refused(recipe, changes):
+    with pytest.raises(ValueError, match=r"'cache' keeps|'epochs' is for|'keep_best' needs"):
+        recipe(**changes)

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from functools import partial
-
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch

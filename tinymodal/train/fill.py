@@ -44,6 +44,8 @@ def fill(recipe: Recipe, workers: int = 0, shown: bool = True) -> dict[str, Warm
         raise RecipeError(f"{recipe.name}: no stage has 'cache'; add cache = true to one with a frozen tower")
     for index in chosen:
         _refuse_trained(recipe, index)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     composed = build.build(recipe.model, recipe.seed)
     device = "cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu"
     composed.model.to(device)  # type: ignore[arg-type]
@@ -64,8 +66,10 @@ def fill(recipe: Recipe, workers: int = 0, shown: bool = True) -> dict[str, Warm
         # As training runs it, so that features are the same to the last bit.
         with lean(objective):
             narrow = Narrow(composed.model, recipe.precision, spare=(composed.model.head_weight(),))
-            done[stage.name] = warm(sources, kept, workers, shown)
-            narrow.restore()
+            try:
+                done[stage.name] = warm(sources, kept, workers, shown)
+            finally:
+                narrow.restore()
     return done
 
 

@@ -141,7 +141,7 @@ def estimate(
     if "dpo" in stage.loss:
         wide = {id(module.weight) for module in objective.modules() if isinstance(module, PRODUCTS)}
         frozen = held if precision == "float32" else held | dict.fromkeys(wide, DTYPES[precision])
-        weights += _weights(objective.model, stage, frozen)
+        weights += _weights(objective, stage, frozen)
     return Memory(weights, _state(groups, stage), live.most)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinymodal.chat.encode import Encoder
+from tinymodal.compose import build
 from tinymodal.compose.build import add_tokens
 from tinymodal.compose.pretrained import read_tokenizer
 from tinymodal.compose.shrink import Toy, image_processor, scaled, shrink, template_of
@@ -55,6 +56,9 @@ def shrink_recipe(recipe: Recipe, folder: Path, beside: Path | None = None) -> t
     toy = shrink(recipe.model, folder, templates, lambda name: _made(name, beside, recipe.name))
     _write_data(folder, toy.edge_px)
     encoder = _encoder(toy)
+    if any(stage.teacher for stage in recipe.stages):
+        # Another one of the toy's kind: it reads what the student reads.
+        build.save(build.build(toy.spec, seed=1), folder / "teacher")
     stages = tuple(_stage(stage, toy, folder, encoder) for stage in recipe.stages)
     changes: dict[str, Any] = {
         "name": f"{recipe.name}-tiny",
@@ -101,10 +105,14 @@ def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
     template = template_of(stage.template) if stage.template else encoder.template
     captions = bool(getattr(template, "captions_only", False))
     if "cells" in stage.loss:
-        data, held_out = stage.data, stage.held_out  # made already, with what each cell shows
+        # Made already, with what each cell shows.
+        data = tuple(source.model_copy(update={"epochs": 1}) for source in stage.data)
+        held_out = stage.held_out
         rows = open_data(data[0], f"stages.{stage.name}.data[0]")
     else:
         toys = ("captions.jsonl", "caption") if captions else ("chats.jsonl", "messages")
+        if "dpo" in stage.loss:
+            toys = ("pairs.jsonl", "preference")
         file, form = folder / toys[0], toys[1]
         rows = open_source(str(file), form)
 
@@ -124,6 +132,10 @@ def _stage(stage: Stage, toy: Toy, folder: Path, encoder: Encoder) -> Stage:
         "patches": stage.patches and ROWS * max(sample.num_patches for sample in encoded),
         "workers": 0,
         "lora": _lora(stage.lora),
+        "teacher": stage.teacher
+        and stage.teacher.model_copy(
+            update={"path": str(folder / "teacher"), "top_k": stage.teacher.top_k and RANK}
+        ),
         "only": {
             group: _choice(text, toy.blocks[group], f"stages.{stage.name}: only.{group}")
             for group, text in stage.only.items()
@@ -172,16 +184,18 @@ def _write_data(folder: Path, edge_px: int) -> None:
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    captions, chats = [], []
+    captions, chats, pairs = [], [], []
     for i, ((rows, columns), colour) in enumerate(zip(SHAPES, COLOURS, strict=True)):
         name = f"{colour}.png"
         if edge_px:
             Image.new("RGB", (columns * edge_px, rows * edge_px), colour).save(folder / name)
         captions.append({"image": name, "caption": f"a {colour} picture"})
+        pair = {"question": "What colour is it?", "chosen": colour, "rejected": COLOURS[i - 1]}
+        pairs.append({"image": name, **pair} if edge_px else pair)
         looks: list[Mapping[str, str]] = [{"type": "image", "path": name}] if edge_px and i else []
         asked = [*looks, {"type": "text", "text": "What colour is it?" if looks else "Is white a colour?"}]
         turns = [("user", asked), ("assistant", colour if looks else "yes")]
         turns += [("user", "Is it large?"), ("assistant", "no")] if i % 2 else []
         chats.append({"messages": [{"role": role, "content": content} for role, content in turns]})
-    for name, lines in (("captions.jsonl", captions), ("chats.jsonl", chats)):
+    for name, lines in (("captions.jsonl", captions), ("chats.jsonl", chats), ("pairs.jsonl", pairs)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

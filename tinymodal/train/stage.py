@@ -438,7 +438,7 @@ class _Steps:
         # Of its data, over all ranks; the same number on each of them, so that their rates are. Whole draws:
         # a sum of shares is another, in its last digit, where a run was interrupted.
         self.draws = round(self.world.sum([work.feed.progress or 0.0])[0] * (work.loader.total_draws or 1))
-        self.mean: float | None = None
+        self.recent = (0.0, 0.0)  # the newest losses, and how much they weigh
         self.waits = 0.0
 
     def run(self, dog: Watchdog) -> None:
@@ -452,7 +452,7 @@ class _Steps:
                 report = self._step(dog)
                 if report is None:
                     break
-                shown = f"loss {self.mean:.3f}" if self.mean is not None else ""
+                shown = f"loss {self.recent[0] / self.recent[1]:.3f}" if self.recent[1] else ""
                 shown += f"  waits {self.waits:.0%}" if self.waits > WAITS else ""
                 bar.advance(note=shown, share=self.share)
                 # Ranks learn of it together, in the next step; one alone need not wait for that.
@@ -466,6 +466,11 @@ class _Steps:
                     self._save(dog, last=asked)
                 if asked:
                     self._leave()
+        if self.shown and self.stage.steps is not None and self.done < self.stage.steps:
+            say(
+                f"  stage {self.stage.name} ended with its data after {self.done:,} of {self.stage.steps:,} "
+                f"steps, so its rate did not come to its end; leave steps out, and it follows the data"
+            )
         if self.watch is not None:
             self._see(self.watch.end)
         if self.stage.held_out:
@@ -506,7 +511,8 @@ class _Steps:
             asked=self.stop.asked,
             mark=dog.mark,
         )
-        if stage.ends != "repeat" and self.world.size > 1 and not report.num_targets:
+        at_end = not (report.num_targets or report.num_samples)
+        if stage.ends != "repeat" and self.world.size > 1 and at_end:
             # The step in which nobody has a target left; see data/loader.py.
             return None
         self.done += 1
@@ -516,7 +522,8 @@ class _Steps:
         self.bad.see(self.done, report)
         if not report.skipped:
             self.moved += 1
-            self.mean = report.loss if self.mean is None else 0.9 * self.mean + 0.1 * report.loss
+            # Corrected for its short past, as Adam's means are: the first losses do not weigh longer.
+            self.recent = (0.9 * self.recent[0] + 0.1 * report.loss, 0.9 * self.recent[1] + 0.1)
             self._look(any(_shows(batch) for batch in taken))
         return report
 
@@ -548,6 +555,8 @@ class _Steps:
             found = self.world.sum(found)
         row = held.row(self.stage.name, self.done, found)
         self.work.score = row["held_out"]
+        if self.shown:
+            say(f"  step {self.done:,}: held-out loss {row['held_out']:.4f}")
         self._log(row)
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -618,12 +627,14 @@ class _Steps:
         if self.saver is not None:
             self.saver.wait()
         if self.main:
-            own = left_out(self.stage, self.work.feed.state_dict())
+            # The loader's own lists: they hold the row that ended the stage, too.
+            loader = self.work.loader
+            own = left_out(self.stage, {"skipped": loader.skipped, "dropped": loader.dropped})
             write_skipped(self.folder, self.skipped_before, [own, *self.skipped_by_others])
         self.work.feed.close()
         if self.metrics is not None:
             self.metrics.close()
-        if self.shown:
+        if self.shown and self.done > self.work.begun:
             _conclude(self.work, self.folder, self.watch)
 
 
@@ -680,9 +691,11 @@ def write_skipped(folder: Path, before: list[dict[str, Any]], ranks: list[list[d
 def _announce(work: Work) -> None:
     stage = work.stage
     resumed = f", {work.begun:,} done" if work.begun else ""
-    steps = f"{stage.steps:,} steps" if stage.steps is not None else "steps to the end of its data"
+    steps = f"{stage.steps:,} steps" if stage.steps is not None else "to the end of its data, in steps"
     ranks = f" on {work.world.size} processes" if work.world.size > 1 else ""
     say(f"stage {stage.name}: {steps} of {stage.batch_tokens:,} tokens{ranks}{resumed}")
+    if stage.micro_batch_tokens == "auto":
+        say(f"  {work.micro_tokens:,} positions at once fit")
     for line in lines(work.rows):
         say(f"  {line}")
     if work.said:
@@ -712,9 +725,10 @@ def _conclude(work: Work, folder: Path, watch: Watch | None) -> None:
     batches = work.loader
     say(f"stage {work.stage.name}: {work.meter.tokens:,} tokens in {clock(work.meter.seconds)}")
     if batches.num_skipped or batches.num_dropped:
+        bad, long = len(batches.skipped), len(batches.dropped)
         say(
-            f"  left out: {batches.num_skipped} bad rows, {batches.num_dropped} longer than a row; "
-            f"listed in {folder / 'skipped.jsonl'}"
+            f"  left out: {bad} bad rows (met {batches.num_skipped} times), {long} longer than a row (met "
+            f"{batches.num_dropped} times); listed in {folder / 'skipped.jsonl'}"
         )
     if watch is not None and not work.begun and watch.waiting:
         told = ", ".join(watch.waiting[:3]) + (", ..." if len(watch.waiting) > 3 else "")
