@@ -127,12 +127,12 @@ def test_no_verb_shows_the_help_and_version_the_version(capsys):
 def verb(monkeypatch):
     """``tinymodal preview x`` raises what the test wants."""
 
-    def failing(error: BaseException) -> int:
+    def failing(error: BaseException, name: str = "preview") -> int:
         def run(_):
             raise error
 
-        monkeypatch.setattr(cli, "run_preview", run)
-        return cli.main(["preview", "x"])
+        monkeypatch.setattr(cli, f"run_{name}", run)
+        return cli.main([name, "x"])
 
     return failing
 
@@ -158,9 +158,11 @@ def test_a_full_disk_is_the_users_and_one_line(verb, capsys):
     assert capsys.readouterr().err == "error: runs/x: No space left on device\n"
 
 
-def test_ctrl_c_says_how_to_go_on(verb, capsys):
-    assert verb(KeyboardInterrupt()) == 130
+def test_ctrl_c_says_how_to_go_on_where_something_was_saved(verb, capsys):
+    assert verb(KeyboardInterrupt(), "train") == 130
     assert "goes on" in capsys.readouterr().err
+    assert verb(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_the_environment_is_set_once_and_never_over_the_users(monkeypatch):

@@ -66,7 +66,7 @@ def add_demo(verbs: Verbs) -> None:
         "--recipe", type=Path, metavar="FILE", help="another recipe with stages align and instruct"
     )
     p.add_argument("--seed", type=int, help="seed of the test questions; a fresh one if not given")
-    p.set_defaults(run=run_demo)
+    p.set_defaults(run=run_demo, saves=True)
 
 
 def add_train(verbs: Verbs) -> None:
@@ -77,7 +77,7 @@ def add_train(verbs: Verbs) -> None:
     p.add_argument(
         "--out", type=Path, metavar="FOLDER", help="run folder; runs/NAME of the recipe if not given"
     )
-    p.set_defaults(run=run_train)
+    p.set_defaults(run=run_train, saves=True)
 
 
 def add_preview(verbs: Verbs) -> None:
@@ -498,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TinyModalError as error:
         return told(str(error))
     except KeyboardInterrupt:
-        saves = args.run in (run_train, run_demo)
+        saves = getattr(args, "saves", False)
         goes_on = "; the same command goes on from the last save, if there is one" if saves else ""
         print(f"\nstopped{goes_on}", file=sys.stderr)
         return 130

@@ -201,7 +201,8 @@ def test_skipped_and_too_long_rows_are_counted_and_listed(recipe, tmp_path, caps
     assert long[:2] == ["talk-0/6", "talk-0/13"]
     assert {row["stage"] for row in rows} == {"only"}
     assert all(row["reason"] for row in rows)
-    assert f"{len(bad)} bad rows, {len(long)} longer than a row" in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"left out: {len(bad)} bad rows (met {len(bad)} times), {len(long)} longer than a row" in told
 
 
 def test_a_stage_may_write_its_own_template_and_train_every_word(recipe, steps, tmp_path):
