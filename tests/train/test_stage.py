@@ -12,6 +12,7 @@ from tinymodal.compose import build
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import CheckpointError, DataError, RecipeError
 from tinymodal.train import stage as one_stage
+from tinymodal.train import work
 from tinymodal.train.loop import run
 
 from .talk import WORDS
@@ -54,6 +55,23 @@ def ids(monkeypatch):
     return seen
 
 
+def run_cut(plan, folder, at):
+    """Run ``plan``, killed in its ``at``-th step and gone on with."""
+    real, taken = one_stage.step, []
+
+    def cut(*args, **options):
+        taken.append(1)
+        if len(taken) == at:
+            raise Killed
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_stage, "step", cut)
+        with pytest.raises(Killed):
+            run(plan, folder, progress=False)
+    run(plan, folder, progress=False)
+
+
 def of_step(folder):
     return [row for row in metrics(folder) if "loss" in row]
 
@@ -70,22 +88,11 @@ def test_a_stage_without_steps_reads_its_data_once_and_ends(recipe, tmp_path, id
     assert rates[-1] == pytest.approx(0.0, abs=1e-8)
 
 
-def test_it_goes_on_where_it_was_killed_and_ends_at_the_same_step(recipe, tmp_path, monkeypatch):
+def test_it_goes_on_where_it_was_killed_and_ends_at_the_same_step(recipe, tmp_path):
     source = data(tmp_path, 23)
     plan = recipe(data=[source | {"epochs": 2}], steps=None, ends="drop", save_every=2)
     run(plan, tmp_path / "whole", progress=False)
-    real, taken = one_stage.step, []
-
-    def cut(*args, **options):
-        taken.append(1)
-        if len(taken) == 6:
-            raise Killed
-        return real(*args, **options)
-
-    monkeypatch.setattr(one_stage, "step", cut)
-    with pytest.raises(Killed):
-        run(plan, tmp_path / "run", progress=False)
-    run(plan, tmp_path / "run", progress=False)
+    run_cut(plan, tmp_path / "run", 6)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert_equal(weights(tmp_path / "run" / "model"), weights(tmp_path / "whole" / "model"))
 
@@ -147,7 +154,7 @@ def test_a_micro_batch_that_fits_is_found_and_the_gradient_is_the_same(recipe, t
         sizes.append((list(options), needed(options[0]), needed(options[-1])))
         return options[-1]
 
-    monkeypatch.setattr(one_stage, "largest_micro_batch", fits)
+    monkeypatch.setattr(work, "largest_micro_batch", fits)
     run(recipe(seq_len=64, batch_tokens=256, micro_batch_tokens="auto"), tmp_path / "auto", progress=False)
     run(recipe(seq_len=64, batch_tokens=256), tmp_path / "whole", progress=False)
     assert sizes[0][0] == [4, 2, 1]
@@ -157,7 +164,7 @@ def test_a_micro_batch_that_fits_is_found_and_the_gradient_is_the_same(recipe, t
 
 
 def test_a_machine_too_small_for_one_row_says_so(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(one_stage, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(work, "free_bytes", lambda device: 1000)
     with pytest.raises(RecipeError, match=r"one row of 64 positions needs .* MB and 0 MB are free"):
         run(recipe(seq_len=64, micro_batch_tokens="auto"), tmp_path / "run", progress=False)
 
@@ -192,23 +199,12 @@ def test_a_step_without_a_finite_loss_is_skipped_named_and_too_many_end_the_run(
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
-def test_every_optimizer_resumes_bit_for_bit(recipe, tmp_path, monkeypatch, optimizer):
+def test_every_optimizer_resumes_bit_for_bit(recipe, tmp_path, optimizer):
     if optimizer == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     plan = recipe(steps=6, optimizer=optimizer, save_every=2)
     run(plan, tmp_path / "whole", progress=False)
-    real, taken = one_stage.step, []
-
-    def cut(*args, **options):
-        taken.append(1)
-        if len(taken) == 4:
-            raise Killed
-        return real(*args, **options)
-
-    monkeypatch.setattr(one_stage, "step", cut)
-    with pytest.raises(Killed):
-        run(plan, tmp_path / "run", progress=False)
-    run(plan, tmp_path / "run", progress=False)
+    run_cut(plan, tmp_path / "run", 4)
     assert_equal(weights(tmp_path / "run" / "model"), weights(tmp_path / "whole" / "model"))
 
 
@@ -235,19 +231,7 @@ def test_pairs_and_a_teacher_train_through_a_recipe_and_resume(recipe, start, tm
     later = rows[-1]
     assert later["loss"] == pytest.approx(later["loss_text"] + 0.5 * later["loss_distill"])
     for cut_at in (3, 7):
-        real, taken = one_stage.step, []
-
-        def cut(*args, real=real, taken=taken, cut_at=cut_at, **options):
-            taken.append(1)
-            if len(taken) == cut_at:
-                raise Killed
-            return real(*args, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(one_stage, "step", cut)
-            with pytest.raises(Killed):
-                run(plan, tmp_path / f"run-{cut_at}", progress=False)
-        run(plan, tmp_path / f"run-{cut_at}", progress=False)
+        run_cut(plan, tmp_path / f"run-{cut_at}", cut_at)
         assert metrics(tmp_path / f"run-{cut_at}") == rows
         assert_equal(weights(tmp_path / f"run-{cut_at}" / "model"), weights(tmp_path / "whole" / "model"))
 

@@ -14,8 +14,8 @@ from tinymodal.train.groups import trainable
 from tinymodal.train.lean import lean
 from tinymodal.train.objective import Objective
 from tinymodal.train.precision import Narrow
-from tinymodal.train.stage import cache_folder, feature_cache
 from tinymodal.train.stage_data import names_of, open_data
+from tinymodal.train.work import cache_folder, feature_cache
 
 if TYPE_CHECKING:
     from tinymodal.train.recipe import Recipe

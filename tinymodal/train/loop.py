@@ -37,10 +37,11 @@ from tinymodal.train.objective import Objective
 from tinymodal.train.optim import require_optimizer
 from tinymodal.train.recipe import Recipe, Stage
 from tinymodal.train.save import Saver
-from tinymodal.train.stage import AfterSave, begin, train
+from tinymodal.train.stage import AfterSave, Steps
 from tinymodal.train.stage_data import held_out, stage_loader
 from tinymodal.train.stop import on_signals
 from tinymodal.train.trackers import Trackers
+from tinymodal.train.work import begin
 from tinymodal.train.world import ALONE, World, open_world
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _run(
                         lambda index=index: _beginning(recipe, index, folder),  # type: ignore[misc]
                     )
                     try:
-                        train(work, folder, saver, stop, after_save, told, shown)
+                        Steps(work, folder, saver, stop, after_save, told, shown).train()
                     except BaseException:
                         work.close(failed=True)
                         raise
