@@ -20,6 +20,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from math import prod
 from pathlib import Path
 
@@ -454,6 +455,8 @@ def train_leg(recipe: Path, folder: Path, log: Path, until: int | None = None, e
     def recorded(*args, **options):
         nonlocal done
         if done == until:
+            # A save is written beside the steps that follow it: on a slow disk it may not have landed yet.
+            saved_by(folder, until - until % 10)
             end()
         report = real(*args, **options)
         done += 1
@@ -464,6 +467,14 @@ def train_leg(recipe: Path, folder: Path, log: Path, until: int | None = None, e
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(one_stage, "step", recorded)
         loop.run(load(recipe, Recipe), folder, progress=False)
+
+
+def saved_by(folder: Path, step: int, seconds: float = 60.0) -> None:
+    """Wait until the checkpoint of ``step`` has landed."""
+    until = time.monotonic() + seconds
+    while (found := checkpoint.latest(folder)) is None or found.progress.step < step:
+        assert time.monotonic() < until, f"no checkpoint of step {step} within {seconds} s"
+        time.sleep(0.01)
 
 
 def train_leg_elsewhere(recipe: Path, folder: Path, log: Path, until: int | None = None) -> int:
