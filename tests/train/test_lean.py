@@ -12,8 +12,8 @@ from torch import nn
 
 from tests.model.test_language import PACKED, both
 from tinymodal.compose.quantize import quantize
-from tinymodal.train import adapters, lean
-from tinymodal.train.groups import trainable
+from tinymodal.train import adapters, attention, feed_forward, kernels, lean
+from tinymodal.train.groups import blocks, trainable
 from tinymodal.train.objective import Objective
 from tinymodal.train.optim import build_optimizer, set_rates
 from tinymodal.train.recipe import Lora
@@ -213,6 +213,72 @@ def test_a_second_time_changes_nothing_and_ends_nothing():
     assert objective.packing is None
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_positions_in_stretches_give_what_all_at_once_give(kind, compiled, monkeypatch):
+    objective = Objective(both(kind)[0])
+    expected = outcome(objective, batch_of())
+    monkeypatch.setattr(feed_forward, "WIDE_ELEMENTS", 1)
+    monkeypatch.setattr(feed_forward, "LEAST", 3)
+    if not compiled:
+        monkeypatch.setattr(kernels, "fit", lambda *tensors: None)
+    with lean.lean(objective) as made:
+        assert made.counts["feed-forwards"] == 2
+        assert_equal(outcome(objective, batch_of()), expected)
+
+
+def test_stretches_are_alike_and_none_at_all_is_one():
+    h = torch.empty(1300, 1 << 14)
+    found = list(feed_forward._stretches(h))
+    assert [len(h[part]) for part in found] == [650, 650]
+    assert list(feed_forward._stretches(h[:0])) == [slice(0, 0)]
+
+
+def test_where_no_position_is_left_the_gradient_is_zero_and_not_none():
+    both_kinds = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
+    forward = feed_forward.find_feed_forward(both_kinds)
+    forward(both_kinds, torch.randn(1, 0, 6)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in both_kinds.parameters())
+
+
+def test_documents_of_one_length_attend_together_bit_for_bit_as_alone():
+    objective = Objective(both("llama")[0])
+    lengths = (6, 6, 6, 9, 6)
+    assert attention._runs(lengths) == [(slice(0, 18), 6), (slice(18, 27), 9), (slice(27, 33), 6)]
+    batch = batch_of(lengths, (2, 5, 11, 17, 20, 26, 32), rows=1)
+    with lean.lean(objective):
+        expected = outcome(objective, batch)
+        with pytest.MonkeyPatch.context() as patched:
+            together = attention._runs
+            patched.setattr(attention, "_runs", lambda lengths: apart(together(lengths)))
+            found = outcome(objective, batch)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(grad, expected[1][name]) for name, grad in found[1].items())
+
+
+def apart(runs):
+    return [
+        (slice(at, at + length), length) for run, length in runs for at in range(run.start, run.stop, length)
+    ]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_tower_that_is_frozen_runs_once_and_leaves_nothing(tiny, batches, trains):
+    (batch,) = batches(tiny, 1)
+    trainable(tiny.model, EVERYTHING if trains else {"connectors": 1e-3})
+    set_recompute(tiny.model, "full")
+    tower, runs = tiny.model.model.towers["image"], []
+    hook = blocks(tower)[0].register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    objective = Objective(tiny.model)
+    expected = outcome(objective, batch)
+    runs.clear()
+    with lean.lean(objective):
+        assert_equal(outcome(objective, batch), expected)
+    hook.remove()
+    assert set(runs) == {trains}
+    assert trains or len(runs) == 1
+
+
 class Looks(nn.Module):
     """A feed-forward by its parts, but not by what it does with them."""
 
@@ -225,15 +291,42 @@ class Looks(nn.Module):
         return self.fc2(self.act(self.fc1(x))) * self.twist
 
 
+class ScaleNorm(nn.Module):
+    """A norm with one weight for all numbers of a row."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.tensor([weight])), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def test_one_weight_that_stands_for_a_whole_row_is_read_once_and_nothing_behind_it():
+    norm, x = ScaleNorm(1.5), torch.randn(3, 8)
+    expected = norm(x)
+    # Of one number it is an RMS norm, and may be taken for one.
+    forward = feed_forward.find_norm(norm)
+    assert forward is None or torch.equal(forward(norm, x), expected)
+    assert feed_forward._rms_norm(norm, x, eps=1e-6, offset=0.0).equal(expected)
+
+
+def test_a_gate_narrower_than_what_it_gates_is_widened_as_torch_does():
+    gate, up, d = torch.randn(4, 1), torch.randn(4, 6), torch.randn(4, 6)
+    act = feed_forward.Act("silu")
+    torch.testing.assert_close(act.gated(up, gate), F.silu(up) * gate)
+    torch.testing.assert_close(act.back(d, gate), torch.ops.aten.silu_backward(d, gate))
+
+
 @pytest.mark.parametrize(("twist", "taken"), [(1.0, True), (1.001, False)])
 def test_a_module_that_only_looks_like_one_is_left_alone(twist, taken):
-    assert (lean._feed_forward(Looks(twist)) is not None) is taken
+    assert (feed_forward.find_feed_forward(Looks(twist)) is not None) is taken
 
 
 def test_a_wrong_gradient_is_seen_where_the_output_is_right(monkeypatch):
-    own = lean.Act.back
-    monkeypatch.setattr(lean.Act, "back", lambda self, d, h: own(self, d, h) * 1.001)
-    assert lean._feed_forward(Looks(1.0)) is None
+    own = feed_forward.Act.back
+    monkeypatch.setattr(feed_forward.Act, "back", lambda self, d, h: own(self, d, h) * 1.001)
+    assert feed_forward.find_feed_forward(Looks(1.0)) is None
 
 
 @pytest.mark.parametrize("name", ["gelu_tanh", "quick_gelu", "gelu", "silu", "relu"])
@@ -248,7 +341,7 @@ def test_an_activation_and_its_derivative_are_torchs(name):
     h = torch.linspace(-12, 12, 4001, dtype=torch.float32).requires_grad_()
     slope = torch.linspace(-1, 1, 4001)
     (expected,) = torch.autograd.grad((plain(h) * slope).sum(), h)
-    act = lean.Act(name)
+    act = feed_forward.Act(name)
     torch.testing.assert_close(act(h.detach()), plain(h).detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(act.back(slope, h.detach()), expected, rtol=1e-5, atol=1e-6)
 
@@ -261,7 +354,7 @@ def test_an_rms_norm_holds_over_all_sizes(far):
     found, expected = (
         torch.autograd.grad((norm(x) * slope).sum(), (x, weight))
         for norm in (
-            lambda x: lean.RMSNorm.apply(x, weight, 1e-6),
+            lambda x: feed_forward.RMSNorm.apply(x, weight, 1e-6),
             lambda x: weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
         )
     )
@@ -277,7 +370,7 @@ def test_documents_of_one_position_and_long_ones_attend_as_a_mask_says():
         assert_equal(outcome(objective, batch), expected)
         # Whatever torch's CPU kernel is called in another version.
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(lean, "FLASH", None)
+            patched.setattr(attention, "FLASH", None)
             assert_equal(outcome(objective, batch), expected)
 
 
@@ -291,6 +384,7 @@ def test_a_batch_that_does_not_say_where_its_documents_end_is_read_by_positions(
 def test_lines_say_what_is_on_and_why_not_more():
     with lean.lean(Objective(both("llama")[0])) as made:
         assert made.lines[:2] == ["documents one by one", "last block at targets"]
+        assert made.lines[-1] == "their loops compiled" or "not compiled (" in made.lines[-1]
     with lean.lean(Objective(both("opt")[0])) as made:
         assert made.lines[0].startswith("documents by a mask (states of OPTModel differ by")
 
