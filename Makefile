@@ -13,11 +13,11 @@ demo: $(VENV)/.demo
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval]'
 	touch $@
 
 $(STAMP): $(VENV)/.demo
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,data,hub,train,quant,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval,data,hub,train,quant,dev]'
 	# Alone: it would bring torchvision, of which nothing here is used.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@

@@ -43,6 +43,7 @@ from tinymodal.model.image import Preparation
 from tinymodal.model.processing_tinymodal import TinyModalImageProcessor
 from tinymodal.train import checkpoint, loop
 from tinymodal.train import stage as one_stage
+from tinymodal.train.checkpoint import Progress, place_of
 from tinymodal.train.groups import trainable
 from tinymodal.train.objective import Objective
 from tinymodal.train.optim import build_optimizer, set_rates
@@ -471,8 +472,8 @@ def train_leg(recipe: Path, folder: Path, log: Path, until: int | None = None, e
 
 def saved_by(folder: Path, step: int, seconds: float = 60.0) -> None:
     """Wait until the checkpoint of ``step`` has landed."""
-    until = time.monotonic() + seconds
-    while (found := checkpoint.latest(folder)) is None or found.progress.step < step:
+    place, until = place_of(folder, "only", Progress(stage=0, step=step)), time.monotonic() + seconds
+    while not place.exists():
         assert time.monotonic() < until, f"no checkpoint of step {step} within {seconds} s"
         time.sleep(0.01)
 

@@ -30,6 +30,8 @@ class FakeProcessor:
 
     tokenizer: Any = field(default_factory=tiny_tokenizer)
     image_token: str = "<image>"
+    audio_token: str = "<audio>"
+    audio_token_id: int | None = None
 
     @property
     def image_token_id(self) -> int:
@@ -41,6 +43,9 @@ class FakeProcessor:
         edge = int(source)
         tile, tokens = torch.zeros(3, 4, 4), edge**2
         return FakePrepared((tile,), (edge, edge), ((2 * edge, 2 * edge),), tokens, 4 * tokens, (tokens,))
+
+    def prepare_sound(self, source: bytes, **stretch: Any) -> Any:
+        raise ValueError(f"{source!r} is given, but this model has no audio tower")
 
 
 @pytest.fixture(scope="session")

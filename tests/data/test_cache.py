@@ -54,7 +54,7 @@ def test_what_is_read_is_what_writing_gave_back(dtype, tmp_path):
     tiles = [features(0), features(1, 2, 7), features(2, 9, 6) * 1e-6, torch.zeros(2, 3)]
     put = FeatureCache(tmp_path, dtype).put(KEY, (480, 640), tiles)
     got = FeatureCache(tmp_path).get(KEY)  # the file says itself what type it is
-    assert got.size_px == (480, 640)
+    assert got.size == (480, 640)
     assert same(got.tiles, put.tiles)
     assert [tile.dtype for tile in got.tiles] == [torch.bfloat16] * 4
     for tile, kept in zip(tiles, got.tiles, strict=True):
@@ -344,7 +344,7 @@ def _hammer(folder: str, seed: int, wrong) -> None:
             entry = cache.put(key(n), (n, n), [features(n)])
         else:
             hits += 1
-        if entry.size_px != (n, n) or not torch.equal(entry.tiles[0], features(n).to(torch.bfloat16)):
+        if entry.size != (n, n) or not torch.equal(entry.tiles[0], features(n).to(torch.bfloat16)):
             wrong.put(f"{n} is another's")
     if cache.num_broken or not cache.writing or not hits or not cache.num_removed:
         wrong.put((cache.num_broken, cache.writing, hits, cache.num_removed))

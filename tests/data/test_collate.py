@@ -189,7 +189,7 @@ def test_documents_are_told_by_their_lengths_and_targets_by_document_source_and_
     starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
     for at, which, group in zip(batch.target_index, batch.target_document, batch.target_group, strict=True):
         assert starts[which] <= at < starts[which] + lengths[which]
-        assert group == 2 * owners[which].source + bool(owners[which].media)
+        assert group == 4 * owners[which].source + bool(owners[which].media)
     assert batch.num_sources == 3
     assert batch.reach == reach(batch)
 

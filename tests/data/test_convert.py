@@ -242,8 +242,8 @@ U, V = ("user", "Q"), ("assistant", "A")
             ["web address (http://x/y.png)"],
         ),
         (
-            said(("user", [{"type": "input_audio"}]), V),
-            ["part of type 'input_audio'", "text, image or image_url"],
+            said(("user", [{"type": "video"}]), V),
+            ["part of type 'video'", "text, image, image_url, audio, input_audio or speech"],
         ),
         (said(("user", [{"type": "text"}]), V), ["turn 1: no text (found type)"]),
         (said(("user", ["Q"]), V), ["a part is words"]),

@@ -8,7 +8,8 @@ import torch
 
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import CheckpointError, DataError, RecipeError
-from tinymodal.core.types import IGNORE, Encoded, Image, MediaItem, Message, Sample, Text
+from tinymodal.core.types import IGNORE, Audio, Encoded, Image, MediaItem, Message, Sample, Text
+from tinymodal.data.augment import Augment
 from tinymodal.data.loader import HOPELESS, Loader
 from tinymodal.data.sources import open_source
 
@@ -96,6 +97,45 @@ def test_a_resumed_loader_gives_the_batches_that_would_have_come_bit_for_bit(sou
     assert (second.num_skipped, second.num_dropped) == (whole.num_skipped, whole.num_dropped)
     assert second.num_skipped > 1
     assert second.num_dropped > 1
+
+
+class Sounds:
+    """Ten sounds without end, each of which says its number."""
+
+    def sample(self, index):
+        return Sample(
+            (Message("user", (Audio(b"%d" % (index % 10)),)), Message("assistant", (Text("w"),))), "s"
+        )
+
+
+def hear(sample):
+    """A fake encoder that writes down the speed of the sound as tokens."""
+    (sound,) = sample.media()
+    speed = 1.0 if sound.change is None else sound.change.speed
+    ids = torch.tensor([2, 3 + int(sound.source), round(speed * 1_000_000)])
+    return Encoded(ids, torch.tensor([IGNORE, IGNORE, ids[2]]), (), sample.id)
+
+
+def test_sounds_are_changed_by_seed_and_draw_for_any_number_of_workers_and_over_a_resume():
+    def drawn(count=6, state=None, **options):
+        settings = {"seq_len": 24, "batch_tokens": 24, "pad_id": PAD, "image_token_id": IMAGE, "open_rows": 2}
+        settings["changes"] = [Augment(speed=(0.5, 2.0))]
+        loader = Loader([Sounds()], hear, **(settings | options))
+        if state is not None:
+            loader.load_state_dict(state)
+        batches = [batch.input_ids.flatten().tolist() for batch in islice(loader, count)]
+        return batches, loader.state_dict()
+
+    whole, _ = drawn(6)
+    speeds = [ids[2::3] for ids in whole]
+    assert len({speed for row in speeds for speed in row}) == 48
+    assert all(500_000 <= speed <= 2_000_000 for row in speeds for speed in row)
+    assert drawn(6, workers=2)[0] == whole
+    first, state = drawn(2)
+    assert first + drawn(4, state)[0] == whole
+    assert drawn(6, seed=1)[0] != whole
+    plain, _ = drawn(6, changes=None)
+    assert {speed for ids in plain for speed in ids[2::3]} == {1_000_000}
 
 
 def test_a_row_that_waits_for_its_batch_is_not_lost_over_a_resume(tmp_path):
@@ -197,7 +237,7 @@ def test_batches_know_the_source_of_every_target(sources):
         ends = torch.tensor(batch.lengths).cumsum(0)
         # Documents of samples in order; tails have no targets.
         groups = {int(d): int(g) for d, g in zip(batch.target_document, batch.target_group, strict=True)}
-        assert [groups[d] // 2 for d in sorted(groups)] == list(of_document)
+        assert [groups[d] // 4 for d in sorted(groups)] == list(of_document)
         assert int(ends[-1]) == batch.input_ids.numel()
 
 

@@ -194,7 +194,7 @@ def test_several_tiles_at_once_give_what_one_gives_alone_up_to_rounding(cache, t
 def test_a_picture_that_comes_twice_is_seen_once_and_text_is_left_alone(composed, cache, monkeypatch):
     kept = joined(composed, cache)
     encode = composed.encoder.using(prepare=kept.prepare)
-    tower, calls = kept.complete.tower, []
+    tower, calls = kept.complete.towers["image"], []
     handle = tower.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
     words = asked()
     rows = [
@@ -222,7 +222,7 @@ def test_a_picture_without_a_key_is_seen_too_and_kept_nowhere(composed, cache):
 def test_the_tower_is_run_in_eval_mode_and_left_as_it_was(cache):
     composed = frozen()
     kept = joined(composed, cache)
-    tower, modes = kept.complete.tower, []
+    tower, modes = kept.complete.towers["image"], []
     tower.train()
     tower.register_forward_hook(lambda *_: modes.append(tower.training))
     kept.complete([row(composed.encoder(asked(noise(9, 9))))])

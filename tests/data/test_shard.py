@@ -117,6 +117,51 @@ def test_made_samples_keep_pixels_targets_and_notes(tmp_path):
         write(made, tmp_path / "other")
 
 
+@pytest.mark.parametrize("steps", [2**15, 2**20])
+def test_sounds_keep_their_bytes_and_samples_in_memory_every_number(tmp_path, steps):
+    """What fits into 16 bits becomes flac, the rest wav of single precision."""
+    import torch
+
+    from tinymodal.core.types import Audio, Speech
+    from tinymodal.model.audio import load_sound
+
+    random = torch.Generator().manual_seed(0)
+    samples = torch.randint(-steps + 1, steps, (4_000,), generator=random) / steps
+    (tmp_path / "clip.mp3").write_bytes(b"ID3 of somebody")
+    heard = (
+        Audio(tmp_path / "clip.mp3", start_s=0.5, end_s=2.0),
+        Audio(samples, rate_hz=8_000),
+        Audio(samples.reshape(2, 2_000), rate_hz=8_000),
+        Audio(b"OggS"),
+    )
+    answer = (Text("Rain."), Speech(samples, 8_000, voice="anna"))
+    given = Sample((Message("user", (*heard, Text("?"))), Message("assistant", answer)), "made/0")
+
+    class One:
+        def sample(self, index):
+            return given
+
+        def __len__(self):
+            return 1
+
+    write(One(), tmp_path / "shards")
+    (back,) = (open_source(tmp_path / "shards" / "*.tar", "messages").sample(n) for n in range(1))
+    sounds = [part for message in back.messages for part in message.parts if not isinstance(part, Text)]
+    assert sounds[0] == Audio(b"ID3 of somebody", start_s=0.5, end_s=2.0)
+    assert sounds[3] == Audio(b"OggS")
+    assert sounds[4].voice == "anna"
+    assert isinstance(sounds[4], Speech)
+    for part in (sounds[1], sounds[4]):
+        assert torch.equal(load_sound(part.source, to_hz=8_000), samples)
+        assert part.source[:4] == (b"fLaC" if steps == 2**15 else b"RIFF")
+    assert torch.equal(load_sound(sounds[2].source, to_hz=8_000), samples.reshape(2, 2_000).mean(0))
+    with tarfile.open(tmp_path / "shards" / "00000.tar") as tar:
+        names = tar.getnames()
+    ending = "flac" if steps == 2**15 else "wav"
+    # One sound, played and spoken, is kept once.
+    assert [name.rpartition(".")[2] for name in names] == ["json", "mp3", ending, ending, "ogg"]
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "I;16", "CMYK", "F"])
 def test_a_decoded_picture_of_any_mode_comes_back_pixel_by_pixel(tmp_path, mode):
     picture = PIL.Image.new(mode, (3, 2), 1 if mode in "1PLI;16F" else tuple(range(len(mode))))

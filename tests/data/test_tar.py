@@ -6,7 +6,7 @@ import tarfile
 import pytest
 
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Image, Text
+from tinymodal.core.types import Audio, Image, Text
 from tinymodal.data import index
 from tinymodal.data.sources import open_source
 from tinymodal.data.tar import BLOCK_BYTES, scan_tar
@@ -57,6 +57,28 @@ def readable(source):
         except DataError as error:
             bad.append(str(error))
     return good, bad
+
+
+def test_sounds_beside_a_row_are_its_own_as_pictures_are(tmp_path):
+    content = [{"type": "audio"}, {"type": "image"}, {"type": "audio", "audio": "b.flac"}]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]}
+    members = [
+        ("0.json", {"text": "rain"}), ("0.flac", b"sound 0"),
+        ("1.json", {"audio": "wav", "text": "snow"}), ("1.wav", b"sound 1"), ("1.mp3", b"another"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    first, second = (open_source(tmp_path / "a.tar", "asr").sample(n) for n in (0, 1))
+    assert first.messages[0].parts[0] == Audio(b"sound 0")
+    assert second.messages[0].parts[0] == Audio(b"sound 1")
+
+    both = [("2.json", row), ("2.a.wav", b"a"), ("2.jpg", b"picture"), ("2.b.flac", b"b")]
+    write_tar(tmp_path / "b.tar", both)
+    with pytest.raises(DataError, match="2 sounds in audios but 1 audio part"):
+        open_source(tmp_path / "b.tar", "messages").sample(0)
+    content[2] = {"type": "audio"}
+    write_tar(tmp_path / "b.tar", both)
+    parts = open_source(tmp_path / "b.tar", "messages").sample(0).messages[0].parts
+    assert parts == (Audio(b"a"), Image(b"picture"), Audio(b"b"))
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

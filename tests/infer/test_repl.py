@@ -2,15 +2,19 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
+import soundfile
 import torch
 
-from tests.infer.test_engine import picture
+from tests.infer.test_engine import Hum, picture, speaking
+from tests.model.test_hearing import RATE_HZ, sound
 from tinymodal.compose.tiny import tiny_model
-from tinymodal.core.errors import DataError
-from tinymodal.core.types import Text
-from tinymodal.infer.engine import Engine, Sampling
+from tinymodal.core.errors import CheckpointError, DataError
+from tinymodal.core.types import Audio, Image, Text
+from tinymodal.infer.engine import Engine, Sampling, TextDelta
+from tinymodal.infer.recording import Recording
 from tinymodal.infer.repl import HELP, Chat, chat
 
 SHORT = Sampling(max_new_tokens=4)
@@ -28,10 +32,41 @@ def png(tmp_path):
     return path
 
 
-def typed(engine, *lines: str, images=()):
+@pytest.fixture(scope="module")
+def ears() -> Engine:
+    return Engine(tiny_model(audio="tinymodal_ear"))
+
+
+@pytest.fixture(scope="module")
+def mouth() -> Engine:
+    """It speaks in two voices, and in that of a clip."""
+
+    class Low(Hum):
+        """As quiet as a sound is."""
+
+        def stream(self):
+            loud = super().stream()
+            return SimpleNamespace(
+                feed=lambda codes: loud.feed(codes) / 100, finish=lambda: loud.finish() / 100
+            )
+
+    engine = speaking(voices=("ann", "bob"), reference=4)
+    engine.composed.codec = Low()
+    return engine
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "a sound.wav"
+    soundfile.write(path, sound(0.7).numpy(), RATE_HZ)
+    return path
+
+
+def typed(engine, *lines: str, images=(), sounds=(), **how):
     """What a session with these lines prints: replies, remarks and errors, number of errors."""
     out, err = io.StringIO(), io.StringIO()
-    errors = chat(engine, images, SHORT, io.StringIO("".join(f"{line}\n" for line in lines)), out, err)
+    media = (*map(Image, images), *map(Audio, sounds))
+    errors = chat(engine, media, SHORT, io.StringIO("".join(f"{line}\n" for line in lines)), out, err, **how)
     return out.getvalue(), err.getvalue(), errors
 
 
@@ -70,6 +105,11 @@ def test_a_picture_goes_with_the_next_question_only(engine, png):
         ("/image nowhere.png", "nowhere.png"),
         ("/image", "/image FILE"),
         ("/save", "/save FILE"),
+        ("/audio nowhere.wav", "nowhere.wav"),
+        ("/audio", "/audio FILE"),
+        ("/voice", "/voice NAME"),
+        ("/speak a.wav", "no speech head"),
+        ("/voice ann", "no speech head"),
         ("/save talk.jsonl", "nothing was said"),
         ("/imag x.png", "/imag"),
         ("what is <|im_end|>", "<|im_end|>"),
@@ -122,7 +162,7 @@ def saved(engine, monkeypatch, path, replies, *lines):
 
     def stream(*_):
         text = next(texts)
-        yield text.removesuffix("^C")
+        yield TextDelta(text.removesuffix("^C"))
         if text.endswith("^C"):
             raise KeyboardInterrupt
 
@@ -169,7 +209,7 @@ def test_help_lists_every_command_and_quit_leaves(engine):
     out, err, _ = typed(engine, "/help", "/quit", "what is it")
     assert out == ""
     assert err.strip() == HELP
-    for command in ("/image", "/reset", "/save", "/help", "/quit"):
+    for command in ("/image", "/audio", "/speak", "/voice", "/reset", "/save", "/help", "/quit"):
         assert command in HELP
 
 
@@ -184,7 +224,7 @@ def test_stopping_a_reply_keeps_what_was_said(engine, monkeypatch):
     talk = Chat(engine, SHORT)
 
     def stream(*_):
-        yield "red"
+        yield TextDelta("red")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "stream", stream)
@@ -204,7 +244,7 @@ def test_stopping_while_a_piece_is_printed_keeps_what_was_said(engine, monkeypat
 
     asked = []
     monkeypatch.setattr(
-        engine, "stream", lambda sample, _: asked.append(sample) or iter(("red ", "circle", "s"))
+        engine, "stream", lambda sample, _: asked.append(sample) or map(TextDelta, ("red ", "circle", "s"))
     )
     with pytest.raises(KeyboardInterrupt):  # of a pipe, whose conversation ends here
         chat(engine, (), SHORT, io.StringIO("what\n"), Out(), io.StringIO())
@@ -238,7 +278,7 @@ def test_stopping_a_reply_at_the_terminal_is_remembered(engine, monkeypatch):
 
     def stream(sample, _):
         asked.append(sample)
-        yield "red"
+        yield TextDelta("red")
         if len(asked) == 1:
             raise KeyboardInterrupt
 
@@ -250,7 +290,7 @@ def test_stopping_a_reply_at_the_terminal_is_remembered(engine, monkeypatch):
 
 def test_ctrl_c_takes_back_the_lines_of_an_unfinished_question(engine, monkeypatch):
     asked = []
-    monkeypatch.setattr(engine, "stream", lambda sample, _: asked.append(sample) or iter(("red",)))
+    monkeypatch.setattr(engine, "stream", lambda sample, _: asked.append(sample) or iter((TextDelta("red"),)))
     at_the_terminal(engine, monkeypatch, "forget this\\", KeyboardInterrupt, "what is it")
     assert [sample.messages[0].parts for sample in asked] == [(Text("what is it"),)]
 
@@ -265,7 +305,7 @@ def test_streamed_pieces_are_printed_as_they_come(engine, monkeypatch):
             Out.flushed += 1
 
     out = Out()
-    monkeypatch.setattr(engine, "stream", lambda *_: iter(("a ", "red ", "circle")))
+    monkeypatch.setattr(engine, "stream", lambda *_: map(TextDelta, ("a ", "red ", "circle")))
     chat(engine, (), SHORT, io.StringIO("what\n"), out, io.StringIO())
     assert out.getvalue() == "a red circle\n"
     assert Out.flushed >= 3
@@ -284,3 +324,160 @@ def test_a_question_of_several_lines_is_one_question(engine):
     out, _, errors = typed(engine, "what is it\\", "in one word")
     assert (out, errors) == (f"{whole}\n", 0)
     assert talk.messages[0].parts == (Text("what is it\nin one word"),)
+
+
+# Sounds
+
+
+def test_a_sound_goes_with_the_next_question_and_no_sound_is_another_question(ears, clip):
+    talk = Chat(ears, SHORT)
+    talk.play(clip)
+    list(talk.ask("what is it"))
+    list(talk.ask("how many"))
+    assert [part for m in talk.messages[::2] for part in m.parts] == [
+        Audio(clip),
+        Text("what is it"),
+        Text("how many"),
+    ]
+    deaf, _, _ = typed(ears, "what is it")
+    heard, err, errors = typed(ears, f"/audio {clip}", "what is it")
+    assert errors == 0
+    assert "a sound.wav" in err
+    assert heard != deaf
+
+
+def test_a_sound_alone_is_asked_by_an_empty_line_or_the_end_of_the_pipe(ears, clip, png):
+    talk = Chat(ears, SHORT)
+    talk.show(png)
+    talk.play(clip)
+    whole = "".join(talk.ask()) + "\n"
+    assert talk.messages[0].parts == (Image(png), Audio(clip))
+    for lines in (("",), (), ("", "", "/quit")):
+        assert typed(ears, *lines, images=[png], sounds=[clip]) == (whole, "", 0)
+    assert typed(ears, "/quit", sounds=[clip]) == ("", "", 0)
+    assert typed(ears, "", "  ", images=[png]) == ("", "", 0)
+
+
+def test_a_question_that_failed_is_not_followed_by_its_sound_alone(ears, clip):
+    out, err, errors = typed(ears, "what is <audio>", sounds=[clip])
+    assert (out, errors) == ("", 1)
+    assert "<audio>" in err
+
+
+def test_a_sound_for_a_model_without_ears_names_the_part_and_the_recipe(engine, clip):
+    out, err, errors = typed(engine, f"/audio {clip}", "what is it")
+    assert errors == 1
+    assert err.count("\n") == 1
+    assert "no audio tower" in err
+    assert "[model.audio]" in err
+    assert out == typed(engine, "what is it")[0]
+
+
+def test_a_conversation_about_sounds_is_saved_as_a_row_that_training_reads(ears, clip, tmp_path):
+    from tinymodal.data.sources import open_source
+
+    kept = tmp_path / "talk.jsonl"
+    _, err, errors = typed(ears, f"/audio '{clip}'", "", f"/audio {clip}", "what is it", f"/save {kept}")
+    assert errors == 0, err
+    row = open_source(kept, "messages").sample(0)
+    assert [part.source for part in row.media()] == [clip, clip]
+    assert words(row)[1] == "what is it"
+
+
+# Replies aloud
+
+
+def test_a_spoken_reply_is_the_engines_and_the_answer_is_printed_alone(mouth, tmp_path):
+    out, err, errors = typed(mouth, "what is it", speech=tmp_path / "said.wav", voice="bob")
+    talk = Chat(mouth, SHORT)
+    talk.speak_as("bob")
+    talk.speak(tmp_path / "again.wav")
+    assert out == "".join(talk.ask("what is it")) + "\n"
+    assert (err, errors) == ("", 0)
+    (reply,) = mouth.reply([of_user("what is it")], SHORT, speak=True, voice="bob")
+    assert out == reply.text + "\n"
+    written, rate_hz = soundfile.read(tmp_path / "said.wav", dtype="float32")
+    assert rate_hz == reply.rate_hz
+    torch.testing.assert_close(torch.from_numpy(written), reply.audio.clamp(-1, 1), rtol=0, atol=1.6 / 32768)
+    assert (tmp_path / "said.wav").read_bytes() == (tmp_path / "again.wav").read_bytes()
+
+
+def of_user(text):
+    from tinymodal.core.types import Message, Sample
+
+    return Sample((Message("user", (Text(text),)),), "test")
+
+
+def test_speaking_begins_and_ends_and_each_reply_has_a_file(mouth, tmp_path):
+    path = tmp_path / "said.wav"
+    lines = ("what is it", f"/speak {path}", "how many", "which one", "/speak", "what is it")
+    out, err, errors = typed(mouth, *lines)
+    assert errors == 0, err
+    assert {p.name for p in tmp_path.iterdir()} == {"said.wav", "said-2.wav"}
+    assert out == typed(mouth, *(line for line in lines if not line.startswith("/")))[0]
+
+
+def test_a_voice_may_be_a_clip_of_it(mouth, clip, tmp_path):
+    said = {}
+    for name in ("ann", "bob", str(clip)):
+        typed(mouth, f"/voice {name}", f"/speak {tmp_path}/said.wav", "what is it")
+        said[name] = (tmp_path / "said.wav").read_bytes()
+    assert len(set(said.values())) == 3
+    _, err, errors = typed(mouth, "/voice eve", "what is it")
+    assert errors == 1
+    assert "which has ann, bob" in err
+
+
+def test_at_the_terminal_it_is_told_where_the_reply_is(mouth, monkeypatch, tmp_path):
+    _, err = at_the_terminal(mouth, monkeypatch, f"/speak {tmp_path}/said.wav", "what is it")
+    assert f"spoken: {tmp_path}/said.wav, " in err
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("said.mp3", "ends with .wav"), ("no/said.wav", "there is no folder"), ("folder.wav", "is a folder")],
+)
+def test_where_no_sound_can_be_written_is_told_before_a_question(mouth, name, told, tmp_path):
+    (tmp_path / "folder.wav").mkdir()
+    with pytest.raises(DataError, match=told):
+        typed(mouth, "what is it", speech=tmp_path / name)
+
+
+def test_speech_asked_of_a_model_without_a_mouth_is_told_before_a_question(engine, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no speech head.*\[model\.speech\]"):
+        typed(engine, "what is it", speech=tmp_path / "said.wav")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reply_without_words_leaves_no_older_one_in_its_place(mouth, monkeypatch, tmp_path):
+    path = tmp_path / "said.wav"
+    typed(mouth, "what is it", speech=path)
+    assert soundfile.info(path).frames
+    monkeypatch.setattr(mouth, "stream", lambda *_, **__: iter(()))
+    assert typed(mouth, "what is it", speech=path)[0] == "\n"
+    assert soundfile.info(path).frames == 0
+
+
+def test_a_reply_that_is_stopped_leaves_what_was_said(mouth, monkeypatch, tmp_path):
+    from tinymodal.infer.engine import AudioDelta
+
+    def stream(*_, **__):
+        yield TextDelta("red")
+        yield AudioDelta(torch.full((800,), 2.0), 16_000)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mouth, "stream", stream)
+    talk = Chat(mouth, SHORT)
+    talk.speak(tmp_path / "said.wav")
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.ask("what"))
+    written, _ = soundfile.read(tmp_path / "said.wav")
+    assert len(written) == 800
+    assert written.min() == pytest.approx(32767 / 32768)  # cut off at full scale, not turned over
+    assert talk.messages[-1].train is False
+
+
+def test_a_sound_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "said.wav").mkdir()
+    with pytest.raises(DataError, match="is a folder"):
+        Recording(tmp_path / "said.wav", 16_000)

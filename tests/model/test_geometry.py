@@ -19,6 +19,7 @@ from tinymodal.model.geometry import (
     num_tokens,
     patch_grid,
     plan,
+    sound_windows,
     unpadding,
 )
 from tinymodal.model.image import Preparation
@@ -34,6 +35,24 @@ SHAPE = st.tuples(st.integers(1, 2500), st.integers(1, 2500))
 def test_a_picture_of_whole_patches_and_a_rest_has_just_the_whole_patches(rows, columns, patch, rest):
     size = (rows * patch + rest % patch, columns * patch + rest % patch)
     assert patch_grid(*size, patch) == (rows, columns)
+
+
+@given(samples=st.integers(1, 5_000), window=st.integers(1, 1_000), step=st.integers(1, 1_000))
+def test_windows_hold_the_sound_and_less_than_a_step_of_silence(samples, window, step):
+    step = min(step, window)
+    sizes = sound_windows(samples, window, step)
+    assert all(size == window for size in sizes[:-1])
+    assert sizes[-1] % step == 0 or sizes[-1] == window
+    assert samples <= sum(sizes) < samples + step
+
+
+def test_70_s_are_two_windows_of_30_s_and_one_of_10():
+    assert sound_windows(700, 300, 5) == [300, 300, 100]
+    assert sound_windows(12, 300, 5) == [15]
+    assert sound_windows(600, 300, 5) == [300, 300]
+    for wrong in ((0, 300, 5), (1, 300, 0), (1, 300, 301)):
+        with pytest.raises(ValueError, match="got"):
+            sound_windows(*wrong)
 
 
 def test_384_px_at_14_px_a_patch_are_the_729_tokens_of_siglip():

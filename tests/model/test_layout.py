@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinymodal.model.layout import Picture, lay_out
+from tinymodal.model.layout import Tiled, lay_out
 
 SIZES = {(2, 2): 4, (2, 3): 6, (4, 2): 8}
 """Height and width of a tile, and the embeddings it gives."""
@@ -35,7 +35,7 @@ def test_every_place_gets_its_own_embedding(made):
         own = [(p, t, s) for t, size in enumerate(sizes) for s in range(SIZES[size])]
         for t in range(len(sizes)):
             names[10.0 * p + t] = (p, t)
-        given_pictures.append(Picture(tiles, [SIZES[size] for size in sizes], order))
+        given_pictures.append(Tiled(tiles, [SIZES[size] for size in sizes], order))
         chosen = range(len(own)) if order is None else order.tolist()
         expected += [own[i] if i >= 0 else ("mark", -1 - i) for i in chosen]
     stacked, take = lay_out(given_pictures)
@@ -50,11 +50,11 @@ def test_every_place_gets_its_own_embedding(made):
 
 def test_tiles_of_one_size_are_stacked_once():
     a, b = torch.zeros(3, 2, 2), torch.zeros(3, 2, 3)
-    stacked, _ = lay_out([Picture([a, b], [4, 6], None), Picture([b, a], [6, 4], None)])
+    stacked, _ = lay_out([Tiled([a, b], [4, 6], None), Tiled([b, a], [6, 4], None)])
     assert [tuple(tiles.shape) for tiles in stacked] == [(2, 3, 2, 2), (2, 3, 2, 3)]
 
 
 def test_one_size_with_two_numbers_of_tokens_is_refused():
     tile = torch.zeros(3, 2, 2)
     with pytest.raises(ValueError, match=r"a tile of \[3, 2, 2\] takes 6 tokens here and 4 before"):
-        lay_out([Picture([tile], [4], None), Picture([tile], [6], None)])
+        lay_out([Tiled([tile], [4], None), Tiled([tile], [6], None)])

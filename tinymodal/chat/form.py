@@ -4,11 +4,12 @@ A template says what stands before and after the words of each role. It renders 
 and says where the trained spans lie, so nobody ever tokenizes a prefix and counts, and an answer that spells
 a role's name cannot be taken for one.
 
-Four rules hold for every template:
+Five rules hold for every template:
 
 * A trained span is the assistant's words and the stop that ends them, so the model learns to stop.
-* Pictures that open a message are parted from its words by one newline, as LLaVA writes them (or by what the
-  template says); a picture inside a sentence stays where it is.
+* Pictures and sounds that open a message are parted from its words by one newline, as LLaVA writes pictures
+  (or by what the template says); one inside a sentence stays where it is.
+* How an answer sounds is not written at all.
 * Texts are never stripped or otherwise changed (a tokenizer's own Jinja may do so).
 * A stop that is plain text, such as ``###``, may not begin inside an answer that trains.
 """
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tinymodal.core.types import Image, Message, Part, Role, Text
+from tinymodal.core.types import Audio, Image, Message, Part, Role, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ class ChatTemplate:
     picture: tuple[str, str] = ("", "")
     """Before and after each picture."""
     after_pictures: str = "\n"
-    """Between the pictures that open a message and its words."""
+    """Between the pictures and sounds that open a message and its words."""
     reply: str | None = None
     """What a prompt ends with, where that is not the assistant's head."""
     stops: tuple[str, ...] = ()
@@ -87,7 +88,8 @@ class ChatTemplate:
     """Control words that the tokenizer must have already: made anew, they would mean nothing to the language
     model whose words they are."""
     captions_only: bool = False
-    """Write the pictures and the answer and leave the question out: caption pretraining, one round."""
+    """Write the pictures (or sounds) and the answer and leave the question out: caption pretraining, one
+    round."""
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         """This template with the tokenizer's own words for ``{bos}`` and ``{eos}``.
@@ -138,7 +140,7 @@ class ChatTemplate:
 
         Args:
             messages: the turns, in an order that :class:`~tinymodal.chat.encode.Encoder` has checked.
-            placeholders: what is written for each picture, in reading order.
+            placeholders: what is written for each picture and sound, in reading order.
             reply: end with the assistant's head, where a reply begins.
 
         Raises:
@@ -183,11 +185,11 @@ class ChatTemplate:
             pieces.append(self.turns["assistant"].head if self.reply is None else self.reply)
         return Rendered("".join(pieces), tuple(spans))
 
-    def to_jinja(self, image_token: str = "<image>") -> str:
+    def to_jinja(self, image_token: str = "<image>", audio_token: str | None = None) -> str:
         """The same template for ``tokenizer.chat_template``, so that an exported model carries it.
 
-        Takes ``content`` as a string or as a list of ``{"type": "text"}`` and ``{"type": "image"}`` parts.
-        Equal to :meth:`render` by test.
+        Takes ``content`` as a string or as a list of ``{"type": "text"}``, ``{"type": "image"}`` and, where
+        there is an ``audio_token``, ``{"type": "audio"}`` parts. Equal to :meth:`render` by test.
         """
         quote = functools.partial(json.dumps, ensure_ascii=False)
 
@@ -203,7 +205,8 @@ class ChatTemplate:
                 *say(form.tail + after),
             ]
 
-        lines = self._words_macro(quote(self.picture[0] + image_token + self.picture[1]), quote)
+        sound = None if audio_token is None else quote(audio_token)
+        lines = self._words_macro(quote(self.picture[0] + image_token + self.picture[1]), sound, quote)
         lines += say(self.start)
         whole = ["messages"]
         if not self.captions_only and (self.system is not None or self.example is not None):
@@ -255,8 +258,12 @@ class ChatTemplate:
             lines += ["{%- if add_generation_prompt -%}", *reply, "{%- endif -%}"]
         return "\n".join(lines)
 
-    def _words_macro(self, picture: str, quote: functools.partial[str]) -> list[str]:
+    def _words_macro(self, picture: str, sound: str | None, quote: functools.partial[str]) -> list[str]:
         """What :func:`write` does, in Jinja; ``told`` is false where only the pictures are written."""
+        heard = [
+            "{%- elif part['type'] == 'audio' -%}",
+            f"{{{{- {sound} -}}}}{{%- set seen.image = true -%}}",
+        ]
         parted = [
             f"{{%- if seen.image and not seen.words and part['text'][0] != {quote(self.after_pictures)} -%}}",
             f"{{{{- {quote(self.after_pictures)} -}}}}",
@@ -271,6 +278,7 @@ class ChatTemplate:
             "{%- for part in message['content'] -%}",
             "{%- if part['type'] == 'image' -%}",
             f"{{{{- {picture} -}}}}{{%- set seen.image = true -%}}",
+            *(heard if sound is not None else []),
             "{%- elif part['text'] and told -%}",
             *(parted if self.after_pictures else []),
             "{%- set seen.words = true -%}{{- part['text'] -}}",
@@ -293,7 +301,7 @@ class ChatTemplate:
         return [*opening, *messages[own:]]
 
     def _captions(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Pictures of the question, then the answer."""
+        """Pictures and sounds of the question, then the answer."""
         if sum(message.role == "assistant" for message in messages) > 1 or len(messages) > 3:
             raise ValueError(
                 f"template '{self.name}' writes one picture and its caption, found {len(messages)} messages; "
@@ -302,7 +310,7 @@ class ChatTemplate:
         return [
             m
             if m.role == "assistant"
-            else replace(m, parts=tuple(p for p in m.parts if isinstance(p, Image)))
+            else replace(m, parts=tuple(p for p in m.parts if isinstance(p, Image | Audio)))
             for m in messages
         ]
 
@@ -329,27 +337,30 @@ class ChatTemplate:
 def write(
     parts: Sequence[Part],
     placeholders: Iterator[str],
-    after_images: str,
+    after_media: str,
     around: tuple[str, str] = ("", ""),
 ) -> str:
-    """The words of one message, a placeholder for each picture.
+    """The words of one message, a placeholder for each picture and sound.
 
     Args:
-        parts: texts and pictures in reading order; empty texts do not count.
-        placeholders: what is written for each picture.
-        after_images: written once between the pictures that open the message and its words, unless these
-            begin with it already.
-        around: before and after each placeholder.
+        parts: texts, pictures and sounds in reading order; empty texts do not count, nor does speech.
+        placeholders: what is written for each picture and sound.
+        after_media: written once between the pictures and sounds that open the message and its words, unless
+            these begin with it already.
+        around: before and after each picture's placeholder.
     """
     pieces: list[str] = []
-    words = image = False
+    words = media = False
     for part in parts:
         if isinstance(part, Image):
             pieces += (around[0], next(placeholders), around[1])
-            image = True
-        elif part.text:
-            if image and not words and part.text[0] != after_images:
-                pieces.append(after_images)
+            media = True
+        elif isinstance(part, Audio):
+            pieces.append(next(placeholders))
+            media = True
+        elif isinstance(part, Text) and part.text:
+            if media and not words and part.text[0] != after_media:
+                pieces.append(after_media)
             pieces.append(part.text)
             words = True
     return "".join(pieces)

@@ -92,7 +92,7 @@ class TokenizerTemplate:
             return Rendered(text, tuple(self._marked_spans(turns, text, trained)))
         return Rendered(text, tuple(self._span(turns, text, i) for i in trained))
 
-    def to_jinja(self, image_token: str = "<image>") -> str:
+    def to_jinja(self, image_token: str = "<image>", audio_token: str | None = None) -> str:
         """The template's source, unchanged."""
         return self._tokenizer.get_chat_template()
 

@@ -1,6 +1,7 @@
 """Parts become a model, and a model becomes a folder.
 
-* :func:`build` composes a :class:`~tinymodal.compose.spec.ModelSpec`, :func:`load` reads a composed folder.
+* :func:`build` composes a :class:`~tinymodal.compose.spec.ModelSpec`, :func:`load` reads a composed folder,
+  :func:`grow` gives a composed model ears or a mouth.
 * :func:`save` writes one that loads without our package; :func:`save_part` writes one part for another
   recipe.
 
@@ -24,9 +25,25 @@ from torch import nn
 
 from tinymodal.chat.encode import Encoder
 from tinymodal.chat.template import TEMPLATES, ChatTemplate, TokenizerTemplate, known_as, template_for
+from tinymodal.compose.ears import AUDIO_TOKEN, Ears, read_ears
+from tinymodal.compose.mouth import (
+    CODEC,
+    HEAD,
+    load_head,
+    open_own,
+    read_codec,
+    speech_config,
+)
 from tinymodal.compose.pretrained import fetch as fetch
 from tinymodal.compose.pretrained import locate as locate
-from tinymodal.compose.pretrained import one_line, read_json, read_language, read_tokenizer, refuse_missing
+from tinymodal.compose.pretrained import (
+    one_line,
+    read_json,
+    read_language,
+    read_tokenizer,
+    refuse_missing,
+    widen,
+)
 from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
 from tinymodal.compose.towers import (
     load_connector,
@@ -37,6 +54,9 @@ from tinymodal.compose.towers import (
 )
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.core.lookup import nearest
+from tinymodal.model.audio import Hearing
+from tinymodal.model.audio_processing import TinyModalAudioProcessor
+from tinymodal.model.codec import Codec
 from tinymodal.model.configuration_tinymodal import TinyModalConfig, language_config
 from tinymodal.model.connectors import find_connector
 from tinymodal.model.encoders import encoder_of, tower_config
@@ -68,6 +88,8 @@ class Composed:
 
     model: TinyModalForConditionalGeneration
     encoder: Encoder
+    codec: Codec | None = None
+    """What makes the frames of its speech head a sound; on the CPU, and frozen. None: it does not speak."""
 
     @property
     def processor(self) -> TinyModalProcessor:
@@ -82,7 +104,7 @@ class PartSize(NamedTuple):
     """One row of :func:`parameter_report`."""
 
     part: str
-    """``vision``, ``connectors``, ``language``, ``embeddings`` or ``head``."""
+    """``vision``, ``audio``, ``connectors``, ``language``, ``embeddings``, ``head`` or ``speech``."""
     parameters: int
     bytes: int
 
@@ -99,7 +121,8 @@ def build(spec: ModelSpec, seed: int = 0) -> Composed:
         RecipeError: a config or an option is not one the family has; parts do not fit together.
     """
     if spec.path is not None:
-        return load(spec.path, key="model.path")
+        whole = load(spec.path, key="model.path")
+        return whole if spec.audio is None and spec.speech is None else grow(whole, spec, seed)
     assert spec.language is not None
     if spec.language.tokenizer is not None:
         tokenizer = read_tokenizer(spec.language.tokenizer, "model.language.tokenizer")
@@ -112,7 +135,7 @@ def build(spec: ModelSpec, seed: int = 0) -> Composed:
 def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Composed:
     """As :func:`build`, with the tokenizer in hand instead of in a folder. The tokenizer gets new tokens."""
     assert spec.language is not None
-    added = add_tokens(tokenizer, spec.language.template)
+    added = add_tokens(tokenizer, spec.language.template, hears=spec.audio is not None)
     text_config = _language_config(spec.language, tokenizer)
     tower_folder, preparation = None, None
     sight: dict[str, Any] = {}
@@ -136,6 +159,8 @@ def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
         }
         with one_line("model.vision", RecipeError, CONTRADICTIONS):
             preparation = _preparation(vision, vision_config, tower_folder)
+    ears = _ears(spec)
+    codec = None if spec.speech is None else read_codec(spec.speech)
     # A template of your own travels as the tokenizer's Jinja: its file does not travel.
     name = known_as(spec.language.template)
     template = name if name in TEMPLATES else TokenizerTemplate.name
@@ -145,10 +170,11 @@ def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
             text_config=text_config,
             image_token_id=_id_of(tokenizer, IMAGE_TOKEN),
             chat_template=template,
-            **sight,
+            **_perceiving(sight, spec, ears, codec, tokenizer),
         )
     # All that can be refused is refused before a weight is read.
-    _check(config, tokenizer, preparation)
+    hearing = None if ears is None else ears.hearing
+    _check(config, tokenizer, preparation, hearing)
     language = None
     if spec.language.path is not None:
         new_ids = [_id_of(tokenizer, word) for word in added]
@@ -164,11 +190,128 @@ def compose(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
         load_tower(model.model.towers["image"], tower_folder, "model.vision.path")
     if spec.vision is not None and spec.vision.connector_path is not None:
         load_connector(model, spec.vision.connector_path, "model.vision.connector_path")
-    return assemble(model, tokenizer, preparation, spec.language.template)
+    _load_new(model, spec, ears)
+    return assemble(model, tokenizer, preparation, spec.language.template, hearing, codec)
+
+
+def grow(whole: Composed, spec: ModelSpec, seed: int = 0) -> Composed:
+    """A composed model with the ears or the mouth of ``spec``, in place of its own if it has them.
+
+    All else is taken over as it is, without a copy: ``whole`` is spent. A model that did not hear gets the
+    token ``<audio>``.
+
+    Args:
+        whole: what :func:`load` gave.
+        spec: its ``audio`` and ``speech``.
+        seed: of what is new and random.
+
+    Raises:
+        CheckpointError: as :func:`build`.
+        RecipeError: as :func:`build`.
+    """
+    before, tokenizer = whole.model.config, whole.tokenizer
+    ears = _ears(spec)
+    codec = whole.codec if spec.speech is None else read_codec(spec.speech)
+    eye, ear = whole.processor.image_processor, whole.processor.feature_extractor
+    hears = ears is not None or ear is not None
+    added = add_tokens(tokenizer, before.chat_template, hears=hears)
+    kept: dict[str, Any] = {
+        "vision_config": before.vision_config,
+        "connectors": copy.deepcopy(before.connectors),
+        "feature_layer": before.feature_layer,
+        "keep_class": before.keep_class,
+        "audio_config": before.audio_config,
+        "audio_feature_layer": before.audio_feature_layer,
+        "audio_token_id": before.audio_token_id,
+        "speech": before.speech,
+    }
+    words = copy.deepcopy(before.text_config)
+    with one_line("model", RecipeError, CONTRADICTIONS):
+        config = TinyModalConfig(
+            text_config=words,
+            image_token_id=before.image_token_id,
+            chat_template=before.chat_template,
+            **_perceiving(kept, spec, ears, codec, tokenizer),
+        )
+    hearing = ears.hearing if ears is not None else None if ear is None else ear.hearing
+    _check(config, tokenizer, eye.preparation, hearing)
+    language = _language_of(whole.model)
+    with one_line("model", RecipeError, CONTRADICTIONS), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        widen(language, len(tokenizer), [_id_of(tokenizer, word) for word in added])
+        config.text_config = language.config
+        model = TinyModalForConditionalGeneration(config, language)
+    model.generation_config = whole.model.generation_config
+    _take_over(model, whole.model, spec)
+    _load_new(model, spec, ears)
+    return assemble(model, tokenizer, eye.preparation, before.chat_template, hearing, codec)
+
+
+def _perceiving(
+    kept: Mapping[str, Any],
+    spec: ModelSpec,
+    ears: Ears | None,
+    codec: Codec | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """What ``TinyModalConfig`` takes besides its words: ``kept``, and the ears and the mouth of ``spec``."""
+    found = dict(kept)
+    if ears is not None:
+        assert spec.audio is not None
+        found["audio_config"] = ears.config
+        found["connectors"] = {**found.get("connectors", {}), "audio": ears.connector}
+        found["audio_feature_layer"] = spec.audio.feature_layer
+        found["audio_token_id"] = _id_of(tokenizer, AUDIO_TOKEN)
+    if spec.speech is not None:
+        assert codec is not None
+        found["speech"] = speech_config(spec.speech, codec)
+    return found
+
+
+def _load_new(model: TinyModalForConditionalGeneration, spec: ModelSpec, ears: Ears | None) -> None:
+    """Weights of the ears and the mouth that ``spec`` names."""
+    if ears is not None and ears.folder is not None:
+        load_tower(model.model.towers["audio"], ears.folder, "model.audio.path")
+    if spec.audio is not None and spec.audio.connector_path is not None:
+        load_connector(model, spec.audio.connector_path, "model.audio.connector_path", "audio")
+    if spec.speech is not None and spec.speech.path is not None:
+        load_head(model, spec.speech.path, "model.speech.path")
+
+
+def _language_of(model: TinyModalForConditionalGeneration) -> Any:
+    """Decoder and head of a composed model as the causal language model that they are; no copy."""
+    words = copy.deepcopy(model.config.text_config)
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    words.tie_word_embeddings = head.weight is embedding.weight
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        language: Any = causal_class(words)._from_config(words, dtype=model.dtype)
+    setattr(language, language.base_model_prefix, model.model.language_model)
+    language.set_output_embeddings(head)
+    return language
+
+
+def _take_over(
+    model: TinyModalForConditionalGeneration, before: TinyModalForConditionalGeneration, spec: ModelSpec
+) -> None:
+    """Let all parts of ``before`` that ``spec`` does not name be those of ``model``."""
+    new = {"audio"} if spec.audio is not None else set()
+    for kind in before.model.towers:
+        if kind in new:
+            continue
+        for name in ("towers", "connectors", "marks"):
+            theirs: nn.ModuleDict = getattr(before.model, name)
+            if kind in theirs:
+                getattr(model.model, name)[kind] = theirs[kind]
+    if spec.speech is None:
+        model.speech_head = before.speech_head
 
 
 def _check(
-    config: TinyModalConfig, tokenizer: PreTrainedTokenizerBase, preparation: Preparation | None
+    config: TinyModalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    preparation: Preparation | None,
+    hearing: Hearing | None = None,
 ) -> None:
     """Refuse parts that do not fit together, from their configs alone.
 
@@ -176,13 +319,17 @@ def _check(
         RecipeError: names the two numbers that disagree.
     """
     with one_line("model", RecipeError, CONTRADICTIONS):
-        processor = TinyModalProcessor.of(config, tokenizer, preparation)
+        processor = TinyModalProcessor.of(config, tokenizer, preparation, hearing)
         if config.vision_config is not None:
             _check_layouts(processor.image_processor, config.connectors["image"])
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             TinyModalForConditionalGeneration(copy.deepcopy(config))
     context = _context(config)
-    if config.vision_config is None or context is None:
+    if context is None:
+        return
+    if processor.feature_extractor is not None:
+        _check_sounds(processor.feature_extractor, context)
+    if config.vision_config is None:
         return
     found = processor.image_processor.typical()
     if found.tokens >= context:
@@ -190,6 +337,21 @@ def _check(
             f"model.vision: a picture takes {found.tokens:,} tokens and model.language reads at most "
             f"{context:,}; choose a connector that folds more ('pixel_shuffle', 'perceiver'), fewer tiles, "
             f"or a language model with a longer context"
+        )
+
+
+def _check_sounds(ear: TinyModalAudioProcessor, context: int) -> None:
+    """Refuse ears of which a moment is more than the language model can read.
+
+    Raises:
+        RecipeError: names the two numbers.
+    """
+    least = ear.layout(1).tokens
+    if least >= context:
+        raise RecipeError(
+            f"model.audio: the shortest sound ({ear.hearing.step / ear.hearing.rate_hz:g} s) takes {least:,} "
+            f"tokens and model.language reads at most {context:,}; take fewer tokens_per_s, or a smaller "
+            f"step_s"
         )
 
 
@@ -250,7 +412,7 @@ def load(
         refuse_missing(info, where)
         processor = TinyModalProcessor.from_pretrained(folder)
     encoder = Encoder(processor, model.config.chat_template, max_prompt_tokens=_context(model.config))
-    return Composed(model.to(device).eval(), encoder)
+    return Composed(model.to(device).eval(), encoder, open_own(folder, model.config))
 
 
 def save(composed: Composed, folder: Path | str) -> None:
@@ -261,20 +423,22 @@ def save(composed: Composed, folder: Path | str) -> None:
     with _whole(Path(folder)) as partial:
         composed.model.save_pretrained(partial)
         composed.processor.save_pretrained(partial)
+        if composed.codec is not None:
+            composed.codec.save(partial / CODEC)
 
 
 def save_part(
     model: TinyModalForConditionalGeneration,
-    part: Literal["vision", "language"],
+    part: Literal["vision", "audio", "language", "speech"],
     folder: Path | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write one part so that ``model.vision.path`` or ``model.language.path`` can name it.
+    """Write one part so that ``model.vision.path``, ``model.language.path`` and so on can name it.
 
-    A language model is written as transformers writes it. So are the weights of a tower that transformers
-    knows; blocks behind the feature layer and the last norm are not ours to write, while ``config.json``
-    still counts all blocks: the same ``feature_layer`` means the same block again, and a later one is
-    refused.
+    A language model is written as transformers writes it, a speech head without its codec. So are the weights
+    of a tower that transformers knows; blocks behind the feature layer and the last norm are not ours to
+    write, while ``config.json`` still counts all blocks: the same ``feature_layer`` means the same block
+    again, and a later one is refused.
 
     Args:
         model: the composed model.
@@ -283,22 +447,26 @@ def save_part(
         tokenizer: written beside a language model, which needs it.
 
     Raises:
-        RecipeError: the model has no tower.
+        RecipeError: the model does not have it.
         ValueError: ``language`` without ``tokenizer``.
     """
-    if part == "vision":
-        if "image" not in model.model.towers:
-            raise RecipeError("parts.vision: this model has no vision tower to save; take the key out")
-        tower = model.model.towers["image"]
-        config = model.config.vision_config
-        assert config is not None
-        with _whole(Path(folder)) as partial:
-            from safetensors.torch import save_file
-
-            weights = {name: w.detach().cpu().contiguous() for name, w in tower.module.state_dict().items()}
-            save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-            document = {**config.to_diff_dict(), "model_type": config.model_type}
-            _write_json(partial / "config.json", document)
+    if part in ("vision", "audio"):
+        kind = {"vision": "image", "audio": "audio"}[part]
+        if kind not in model.model.towers:
+            raise RecipeError(f"parts.{part}: this model has no {part} tower to save; take the key out")
+        config: Any = getattr(model.config, f"{part}_config")
+        document = {**config.to_diff_dict(), "model_type": config.model_type}
+        weights = model.model.towers[kind].module.state_dict()
+        # Which layers count how much goes with the connector.
+        weights.pop("layer_weights", None)
+        _write_part(Path(folder), weights, document)
+        return
+    if part == "speech":
+        if model.speech_head is None:
+            raise RecipeError("parts.speech: this model has no speech head to save; take the key out")
+        _write_part(
+            Path(folder), model.speech_head.state_dict(), {**(model.config.speech or {}), "model_type": HEAD}
+        )
         return
     if tokenizer is None:
         raise ValueError("a language model is saved with its tokenizer")
@@ -313,16 +481,27 @@ def save_part(
         tokenizer.save_pretrained(partial)
 
 
+def _write_part(folder: Path, weights: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    with _whole(folder) as partial:
+        tensors = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        _write_json(partial / "config.json", document)
+
+
 def parameter_report(model: TinyModalForConditionalGeneration) -> list[PartSize]:
     """Parameters by part. Embeddings stand apart from the language model; a tied head counts once."""
     embedding: Any = model.get_input_embeddings().weight
     core = model.model
     groups: dict[str, list[nn.Parameter]] = {
-        "vision": list(core.towers.parameters()),
+        "vision": [p for kind, tower in core.towers.items() if kind == "image" for p in tower.parameters()],
+        "audio": [p for kind, tower in core.towers.items() if kind == "audio" for p in tower.parameters()],
         "connectors": [*core.connectors.parameters(), *core.marks.parameters()],
         "language": [p for p in core.language_model.parameters() if p is not embedding],
         "embeddings": [embedding],
         "head": [p for p in model.lm_head.parameters() if p is not embedding],
+        "speech": [] if model.speech_head is None else list(model.speech_head.parameters()),
     }
     return [
         PartSize(part, sum(p.numel() for p in members), sum(p.numel() * p.element_size() for p in members))
@@ -331,8 +510,13 @@ def parameter_report(model: TinyModalForConditionalGeneration) -> list[PartSize]
     ]
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
-    """Make the placeholder and the template's control words single special tokens, and choose a pad token.
+def add_tokens(tokenizer: PreTrainedTokenizerBase, template: str, hears: bool = False) -> list[str]:
+    """Make placeholders and the template's control words single special tokens, and choose a pad token.
+
+    Args:
+        tokenizer: changed in place.
+        template: name or file of the chat template.
+        hears: whether sounds have a placeholder, too.
 
     Returns:
         The words that are new.
@@ -344,7 +528,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
         bound = template_for(template, tokenizer)
     from transformers import AddedToken
 
-    words = [IMAGE_TOKEN, *(bound.control if isinstance(bound, ChatTemplate) else ())]
+    heard = [AUDIO_TOKEN] if hears else []
+    words = [IMAGE_TOKEN, *heard, *(bound.control if isinstance(bound, ChatTemplate) else ())]
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         words.append("<pad>")
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -354,7 +539,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or "<pad>"
     if isinstance(bound, ChatTemplate):
-        tokenizer.chat_template = bound.to_jinja(IMAGE_TOKEN)
+        tokenizer.chat_template = bound.to_jinja(IMAGE_TOKEN, AUDIO_TOKEN if hears else None)
     return [word for word in new if word not in before]
 
 
@@ -397,6 +582,16 @@ def _vision(spec: VisionSpec) -> tuple[Path | tuple[Path, ...] | None, PreTraine
     return read_tower_config(spec.path, "model.vision.path")
 
 
+def _ears(spec: ModelSpec) -> Ears | None:
+    """What the model needs to hear; None: it does not, or as it did."""
+    if spec.audio is None:
+        return None
+    ears = read_ears(spec.audio)
+    if spec.audio.config is not None:
+        _refuse_unknown(spec.audio.config, ears.config, "model.audio.config")
+    return ears
+
+
 def _preparation(
     spec: VisionSpec, config: PreTrainedConfig, folder: Path | tuple[Path, ...] | None
 ) -> Preparation:
@@ -429,6 +624,8 @@ def assemble(
     tokenizer: PreTrainedTokenizerBase,
     preparation: Preparation | None,
     template: str,
+    hearing: Hearing | None = None,
+    codec: Codec | None = None,
 ) -> Composed:
     """A model that has its weights, with the processor and the encoder that write for it.
 
@@ -438,18 +635,20 @@ def assemble(
         tokenizer: knows the placeholder and the template's control words, see :func:`add_tokens`.
         preparation: how pictures are prepared; None for a model without a tower.
         template: name or file of the chat template.
+        hearing: how sounds are prepared; None for a model that does not hear.
+        codec: of a model that speaks.
 
     Raises:
         RecipeError: the preparation does not fit the tower or the connector.
     """
     with one_line("model", RecipeError, CONTRADICTIONS):
-        processor = TinyModalProcessor.of(model.config, tokenizer, preparation)
+        processor = TinyModalProcessor.of(model.config, tokenizer, preparation, hearing)
     encoder = Encoder(processor, template, max_prompt_tokens=_context(model.config))
     # ``generate`` of transformers ends where our own engine does.
     model.generation_config.eos_token_id = list(encoder.stop_ids)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    return Composed(model.eval(), encoder)
+    return Composed(model.eval(), encoder, codec)
 
 
 def _id_of(tokenizer: PreTrainedTokenizerBase, word: str) -> int:

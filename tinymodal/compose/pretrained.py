@@ -32,6 +32,9 @@ SHIPPED = {
     "starter/vision": "starter/vision",
     "starter/language": "starter/language",
     "starter/tokenizer": "starter/tokenizer",
+    "starter/audio": "starter/audio",
+    "starter/codec": "starter/codec",
+    "starter/speech": "starter/speech",
 }
 """Name -> folder inside the package."""
 
@@ -85,12 +88,23 @@ def fetch(name: str, key: str = "") -> Path:
         local = snapshot_download(name, allow_patterns=[*ours, "*.safetensors"], ignore_patterns=["*/*"])
         if not list(Path(local).glob("*.safetensors")):
             local = snapshot_download(name, allow_patterns=[*ours, "*.bin"], ignore_patterns=["*/*"])
+        if _speaks(Path(local)):
+            local = snapshot_download(name, allow_patterns=["codec/*"])
     except Exception as error:  # the client's errors have no common ancestor besides this
         raise CheckpointError(
             f"{where}no folder '{name}' here (looked in {Path.cwd()}), and the Hub does not give it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return Path(local)
+
+
+def _speaks(folder: Path) -> bool:
+    """Whether a composed model in ``folder`` has a codec in a folder of its own."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return said.get("model_type") == TinyModalConfig.model_type and bool(said.get("speech"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
@@ -146,7 +160,13 @@ def read_language(name: str, key: str, num_words: int, added: list[int]) -> PreT
             f"{where}: the tokenizer has {num_words - len(added)} tokens and the model {len(rows)} "
             f"embeddings; they are not of one model"
         )
-    if num_words > len(rows):
+    widen(language, num_words, added)
+    return language
+
+
+def widen(language: PreTrainedModel, num_words: int, added: list[int]) -> None:
+    """Give ``language`` rows for ``num_words`` tokens; those of ``added`` begin as the mean of the others."""
+    if num_words > len(_rows(language.get_input_embeddings())):
         language.resize_token_embeddings(num_words, mean_resizing=False)
     if added:
         # Tied tables are one tensor; its mean is of the old rows both times.
@@ -155,7 +175,6 @@ def read_language(name: str, key: str, num_words: int, added: list[int]) -> PreT
                 old = torch.ones(len(table), dtype=torch.bool)
                 old[added] = False
                 table[added] = table[old].mean(0)
-    return language
 
 
 def _load_language(folder: Path, where: str) -> PreTrainedModel:

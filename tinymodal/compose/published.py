@@ -1,7 +1,7 @@
 """What the parts of published models are, by Hub name, for those who ask before anything is downloaded.
 
-Of each config only what decides how pictures are cut and counted, how many blocks there are, and how long a
-text may be. A folder's own ``config.json`` says more, and is asked first.
+Of each config only what decides how pictures and sounds are cut and counted, how many blocks there are, and
+how long a text may be. A folder's own ``config.json`` says more, and is asked first.
 """
 
 from __future__ import annotations
@@ -58,6 +58,49 @@ TOWERS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 """Hub name -> of its config what decides how a picture is cut and counted, and how many blocks there are."""
+
+
+def _whisper(layers: int, width: int, bands: int = 80) -> dict[str, Any]:
+    sizes = {"encoder_layers": layers, "d_model": width, "num_mel_bins": bands}
+    sizes["encoder_attention_heads"] = width // 64
+    return {"model_type": "whisper", "max_source_positions": 1500, **sizes}
+
+
+def _waves(kind: str, layers: int = 12, width: int = 768, large: bool = False) -> dict[str, Any]:
+    norms = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True} if large else {}
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // 64}
+    return {"model_type": kind, **sizes, **norms}
+
+
+EARS: Mapping[str, Mapping[str, Any]] = {
+    "openai/whisper-tiny": _whisper(4, 384),
+    "openai/whisper-base": _whisper(6, 512),
+    "openai/whisper-small": _whisper(12, 768),
+    "openai/whisper-medium": _whisper(24, 1024),
+    "openai/whisper-large-v3": _whisper(32, 1280, 128),
+    "openai/whisper-large-v3-turbo": _whisper(32, 1280, 128),
+    "facebook/wav2vec2-base": _waves("wav2vec2"),
+    "facebook/wav2vec2-base-960h": _waves("wav2vec2"),
+    "facebook/wav2vec2-large-960h-lv60-self": _waves("wav2vec2", 24, 1024, large=True),
+    "facebook/hubert-base-ls960": _waves("hubert"),
+    "facebook/hubert-large-ls960-ft": _waves("hubert", 24, 1024, large=True),
+    "microsoft/wavlm-base-plus": _waves("wavlm"),
+    "microsoft/wavlm-large": _waves("wavlm", 24, 1024, large=True),
+    "facebook/data2vec-audio-base-960h": _waves("data2vec-audio"),
+    "facebook/w2v-bert-2.0": _waves("wav2vec2-bert", 24, 1024),
+    "laion/clap-htsat-unfused": {"model_type": "clap_audio_model"},
+    "laion/clap-htsat-fused": {"model_type": "clap_audio_model", "enable_fusion": True},
+}
+"""Hub name -> of a tower that hears what decides how a sound is cut and counted, its width and its blocks."""
+
+CODECS: Mapping[str, Mapping[str, Any]] = {
+    "kyutai/mimi": {"model_type": "mimi", "books": 32},
+    "facebook/encodec_24khz": {"model_type": "encodec", "books": 32},
+    "descript/dac_16khz": {"model_type": "dac", "books": 12},
+    "descript/dac_24khz": {"model_type": "dac", "books": 32},
+    "descript/dac_44khz": {"model_type": "dac", "books": 9},
+}
+"""Hub name -> of a codec its family and its codebooks."""
 
 
 def _llm(kind: str, layers: int, positions: int, tied: bool = False) -> dict[str, Any]:

@@ -12,7 +12,6 @@ published recipes use, ``published.py`` knows as much as is needed, so that noth
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,9 +25,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tinymodal.chat.template import ALIASES, TEMPLATES, ChatTemplate, TokenizerTemplate, known_as
 from tinymodal.compose.build import CONTRADICTIONS, _preparation, _refuse_unknown, _vision
+from tinymodal.compose.known import config_file, is_known, kept, known, scaled
 from tinymodal.compose.pretrained import locate, one_line, read_json
 from tinymodal.compose.published import LANGUAGES, TOWERS
-from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
+from tinymodal.compose.shrink_sound import own_parts, toy_ears, toy_mouth
+from tinymodal.compose.spec import AudioSpec, LanguageSpec, ModelSpec, SpeechSpec, VisionSpec
 from tinymodal.compose.tiny import tiny_language, tiny_tokenizer, tiny_vision
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.core.lookup import find, nearest
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from tinymodal.model.joint import Option
 
-Made = Callable[[str], LanguageSpec | VisionSpec | ModelSpec | None]
+Made = Callable[[str], LanguageSpec | VisionSpec | AudioSpec | SpeechSpec | ModelSpec | None]
 """Folder that is not there yet -> the part that another recipe will put into it; None: nobody will."""
 
 PATCH_PX = 4
@@ -54,9 +55,6 @@ PATCHES = 6
 """Patches on an edge of a toy tower's own picture, or a few more where the connector folds blocks of them."""
 POSITIONS = 4096
 """Longest text of a toy language model."""
-
-KEPT = ("num_register_tokens", "hidden_act", "tie_word_embeddings", "qk_layernorm")
-"""Keys of a part's config that its stand-in has as well; the others are sizes, or the family's defaults."""
 
 MULTIPLES = (0.25, 1, 2, 3, 4, 5, 6, 8, 12)
 """Edges of the pictures that are counted, in tiles."""
@@ -71,6 +69,7 @@ SMALL_OPTIONS: Mapping[str, Mapping[str, Option]] = {
     "perceiver": {"num_queries": 16, "num_heads": 4, "head_width": 8, "width": 32},
     "sincos": {"num_queries": 16, "head_width": 8},
     "qformer": {"num_queries": 16, "num_heads": 4, "width": 32, "depth": 4, "middle": 48},
+    "window_qformer": {"num_heads": 4, "width": 32, "middle": 48},
 }
 """Largest values of a toy connector's options; one that is 0, which is off, stays so. 16 queries fill a
 square."""
@@ -104,7 +103,7 @@ def shrink(
 
     Args:
         spec: what the recipe says.
-        folder: where the toy tokenizer is written, in ``tokenizer``.
+        folder: where the toy tokenizer is written, in ``tokenizer``, and a toy codec, in ``codec``.
         templates: those of the stages; the tokenizer gets their control words.
         made: what other recipes will make.
 
@@ -113,7 +112,8 @@ def shrink(
         CheckpointError: a folder holds something else than its key says.
     """
     if spec.path is not None:
-        spec = _whole(spec.path, made)
+        new = {part: own for part in ("audio", "speech") if (own := getattr(spec, part)) is not None}
+        spec = _whole(spec.path, made).model_copy(update=new)
     else:
         _check_configs(spec)
     assert spec.language is not None
@@ -125,8 +125,19 @@ def shrink(
     if stops:
         words = " and ".join(f"'{stop}'" for stop in stops)
         lines.append(f"tokenizer: a new one, given {words} for the template; the real one must have it")
+    toy = ModelSpec(language=language)
+    if spec.audio is not None:
+        with one_line("model.audio", RecipeError, CONTRADICTIONS):
+            width = _language_width(spec.language, told) or ANY_WIDTH
+            ears = toy_ears(spec.audio, width, _small, made)
+        blocks["audio"] = ears.blocks
+        lines += ears.lines
+        toy = toy.model_copy(update={"audio": ears.spec})
+    if spec.speech is not None:
+        toy = toy.model_copy(update={"speech": toy_mouth(spec.speech, folder)})
+        lines.append(f"speech: {spec.speech.codec}, here a random codec of our own kind")
     if spec.vision is None:
-        return Toy(ModelSpec(language=language), 0, blocks, positions, (0, 0), tuple(lines))
+        return Toy(toy, 0, blocks, positions, (0, 0), tuple(lines))
     real = _tower(spec.vision, made)
     _check_sight(spec.vision, spec.language, real, told, made)
     with one_line("model.vision", RecipeError, CONTRADICTIONS):
@@ -142,7 +153,7 @@ def shrink(
     lines.insert(0, _line("vision", spec.vision, real.model_type, _depth(one), _depth(other)))
     others = f"; of any size: {least:,} to {most:,} tokens" if least < most else ""
     lines.append(f"a picture of the tower's size: {counts[0]:,} tokens, here {counts[1]:,}{others}")
-    toy = ModelSpec(language=language, vision=vision)
+    toy = toy.model_copy(update={"vision": vision})
     return Toy(toy, edge_px, blocks, positions, (least, most), tuple(lines))
 
 
@@ -227,7 +238,7 @@ def _tower_widths(spec: VisionSpec, real: Any) -> tuple[int, ...] | None:
     parts = real.parts() if real.model_type == "tinymodal_pair" else (real,)
     names = [spec.path] if isinstance(spec.path, str) else list(spec.path or ())
     is_timm = any(part.model_type == "tinymodal_timm" for part in parts)
-    if all(_config_file(name).is_file() for name in names) and not is_timm:
+    if all(config_file(name).is_file() for name in names) and not is_timm:
         # All of its config is known: a tower without numbers says the rest.
         config = copy.deepcopy(real)
         return encoder_of(real).build(config, spec.feature_layer, keep_class=spec.keep_class).widths
@@ -246,7 +257,7 @@ def _tower_widths(spec: VisionSpec, real: Any) -> tuple[int, ...] | None:
 
 def _language_width(spec: LanguageSpec, told: Mapping[str, Any]) -> int | None:
     """Width of the real language model's embeddings; None: not known."""
-    if spec.path is not None and not _config_file(spec.path).is_file():
+    if spec.path is not None and not config_file(spec.path).is_file():
         return None
     config = language_config(dict(told))
     names = ("word_embed_proj_dim", "hidden_size", "model_dim")
@@ -315,7 +326,7 @@ def _toy_vision(spec: VisionSpec, real: PreTrainedConfig) -> tuple[VisionSpec, i
 
 def _tower(spec: VisionSpec, made: Made) -> PreTrainedConfig:
     """Config of the real tower, as far as it is known."""
-    if isinstance(spec.path, str) and not _is_known(spec.path, TOWERS):
+    if isinstance(spec.path, str) and not is_known(spec.path, TOWERS):
         found = made(spec.path)
         if isinstance(found, VisionSpec):
             return _tower(found, made)
@@ -323,9 +334,9 @@ def _tower(spec: VisionSpec, made: Made) -> PreTrainedConfig:
         if spec.path is None:
             config = tower_config(spec.config or {})
         elif isinstance(spec.path, str):
-            config = tower_config(_known(spec.path, TOWERS, "model.vision.path"))
+            config = tower_config(known(spec.path, TOWERS, "model.vision.path"))
         else:
-            towers = [dict(_known(name, TOWERS, "model.vision.path")) for name in spec.path]
+            towers = [dict(known(name, TOWERS, "model.vision.path")) for name in spec.path]
             pair = {"model_type": "tinymodal_pair", "towers": towers, "normalise": spec.normalise}
             config = tower_config(pair)
     for option in OPTIONS:
@@ -345,7 +356,7 @@ def _toy_tower(config: Any, edge_px: int) -> dict[str, Any]:
         toy = {"model_type": kind, "architecture": config.architecture.split(".")[0], "model_args": sizes}
     else:
         toy = tiny_vision(kind, edge_px)
-    return toy | _kept(config)
+    return toy | kept(config)
 
 
 def _single(config: Any) -> Any:
@@ -377,8 +388,12 @@ def _layer(layer: int | tuple[int, ...], real: int, toy: Any) -> int | tuple[int
 
 
 def _options(spec: VisionSpec) -> dict[str, Any]:
-    connector = find_connector(spec.connector)
-    options: dict[str, Any] = dict(connector.settle(spec.options))
+    return _small(spec.connector, dict(find_connector(spec.connector).settle(spec.options)))
+
+
+def _small(called: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a toy connector, of a real one's."""
+    connector = find_connector(called)
     for name, most in SMALL_OPTIONS.get(connector.name, {}).items():
         value = options[name]
         if isinstance(value, int) and isinstance(most, int) and value > most:
@@ -420,10 +435,10 @@ def _words(spec: LanguageSpec, made: Made) -> dict[str, Any]:
     """Config of the real language model, as far as it is known."""
     if spec.path is None:
         told = dict(spec.config or {})
-    elif not _is_known(spec.path, LANGUAGES) and isinstance(found := made(spec.path), LanguageSpec):
+    elif not is_known(spec.path, LANGUAGES) and isinstance(found := made(spec.path), LanguageSpec):
         return _words(found, made)
     else:
-        told = _known(spec.path, LANGUAGES, "model.language.path")
+        told = known(spec.path, LANGUAGES, "model.language.path")
     return dict(told.get("text_config") or told)
 
 
@@ -437,7 +452,7 @@ def _toy_language(
         toy = tiny_language(kind)
         # Its words and its special tokens are the tokenizer's.
         toy = {key: value for key, value in toy.items() if key not in ("vocab_size", *TOKEN_IDS)}
-        toy |= _kept(told)
+        toy |= kept(told)
         positions = next(
             (key for key in ("max_context_length", "max_position_embeddings") if key in toy), None
         )
@@ -483,36 +498,7 @@ def _write_tokenizer(spec: LanguageSpec, folder: Path, templates: Iterable[str])
     return str(folder / "tokenizer"), [word for word in dict.fromkeys(required) if word not in before]
 
 
-# What a name stands for
-
-
-def _is_known(name: str, table: Mapping[str, Mapping[str, Any]]) -> bool:
-    return name in table or _config_file(name).is_file()
-
-
-def _config_file(name: str) -> Path:
-    return Path(locate(name)).expanduser() / "config.json"
-
-
-def _known(name: str, table: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, Any]:
-    """A part's config, from its folder or from the table."""
-    file = _config_file(name)
-    if file.is_file():
-        return read_json(file, f"{key}: {file.parent}")
-    if name in table:
-        return dict(table[name])
-    what, other, others = ("a tower", "a language model", LANGUAGES)
-    if table is LANGUAGES:
-        what, other, others = ("a language model", "a tower", TOWERS)
-    if name in others:
-        raise RecipeError(f"{key}: '{name}' is {other}; name {what}, docs/published-recipes.md has some")
-    close = difflib.get_close_matches(name, table, n=1, cutoff=0.8)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise RecipeError(
-        f"{key}: --tiny does not know what '{name}' is: there is no such folder with a config.json here, and "
-        f"docs/published-recipes.md does not list it; name a part of that list, or a folder with the part's "
-        f"config.json{hint}"
-    )
+# Composed models
 
 
 def _whole(path: str, made: Made) -> ModelSpec:
@@ -536,10 +522,12 @@ def _whole(path: str, made: Made) -> ModelSpec:
         )
     words, template = config["text_config"], str(config.get("chat_template", "chatml"))
     language = LanguageSpec(config=words, tokenizer=str(folder), template=template)
+    prepared = read_json(folder / "processor_config.json", where)
+    rest = own_parts(config, prepared.get("feature_extractor"), folder)
     if config.get("vision_config") is None:
-        return ModelSpec(language=language)
+        return ModelSpec(language=language, **rest)
     eye, said = config["vision_config"], config["connectors"]["image"]
-    how = read_json(folder / "processor_config.json", where)["image_processor"]["preparation"]
+    how = prepared["image_processor"]["preparation"]
     own = (
         "resize",
         "resizer",
@@ -550,8 +538,8 @@ def _whole(path: str, made: Made) -> ModelSpec:
         "fit_pixels",
         "max_pixels",
     )
-    kept: dict[str, Any] = {key: how[key] for key in own if key in how}
-    kept |= {key: bool(eye.get(key)) for key in OPTIONS}
+    also: dict[str, Any] = {key: how[key] for key in own if key in how}
+    also |= {key: bool(eye.get(key)) for key in OPTIONS}
     vision = VisionSpec(
         config={key: value for key, value in eye.items() if key not in OPTIONS},
         connector=said["name"],
@@ -561,22 +549,9 @@ def _whole(path: str, made: Made) -> ModelSpec:
         feature_layer=config["feature_layer"],
         keep_class=config.get("keep_class", False),
         size_px=how["height_px"],
-        **kept,
+        **also,
     )
-    return ModelSpec(language=language, vision=vision)
-
-
-def _kept(config: Any) -> dict[str, Any]:
-    """What a stand-in takes over from a real part's config."""
-    told = config if isinstance(config, Mapping) else {key: getattr(config, key, None) for key in KEPT}
-    return {key: told[key] for key in KEPT if told.get(key) is not None}
-
-
-def scaled(layer: int, real: int, toy: int) -> int:
-    """Block ``layer`` of ``real``, counted from 0, where there are ``toy``: in proportion."""
-    if not 0 < layer < real:
-        return 0 if layer <= 0 else toy
-    return max(1, min(toy - 1, round(layer * toy / real)))
+    return ModelSpec(language=language, vision=vision, **rest)
 
 
 def _line(part: str, spec: LanguageSpec | VisionSpec, kind: str, real: int, toy: int) -> str:

@@ -114,15 +114,92 @@ class VisionSpec(Value):
         return self
 
 
+class AudioSpec(Value):
+    """The audio tower and its connector."""
+
+    path: str | None = None
+    """Folder or Hub name of a pretrained tower; a whole Whisper or CLAP folder is read for the half that
+    hears."""
+    config: dict[str, Any] | None = None
+    """A new tower instead: ``{ model_type = "whisper", d_model = 64, ... }``."""
+    connector: str = "stack_frames"
+    """Its name: ``stack_frames``, ``conv_frames``, ``pool_frames``, ``window_qformer``, ``linear``, ``mlp``;
+    see docs/hearing.md."""
+    options: dict[str, bool | int | float | str] = {}
+    """The connector's own options, e.g. ``{ depth = 2 }``."""
+    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Embeddings a second of sound: sets the connector's factor, which must come out whole; left out, what
+    ``options`` say."""
+    connector_path: str | None = None
+    """Folder of a composed model: the connector begins with its own."""
+    feature_layer: Number | tuple[Number, ...] | Literal["weighted"] = -1
+    """Hidden state that is read; a list: their features side by side; ``weighted``: a learned mean of all."""
+    window_s: Annotated[float, Field(gt=0)] | None = None
+    """Longer sounds are cut into windows of so many seconds, which the tower hears one by one; left out, what
+    it was made for, 30 s for most."""
+    step_s: Annotated[float, Field(gt=0)] | None = None
+    """Sounds are filled up with silence to a multiple of so many seconds, so that many have one length; left
+    out, 0.5 s, rounded up to whole frames of the tower."""
+    max_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longer sounds are refused."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> AudioSpec:
+        one_origin(self.path, self.config, "audio")
+        return self
+
+
+class SpeechSpec(Value):
+    """The speech head, and the codec that makes its frames a sound."""
+
+    path: str | None = None
+    """Folder of a composed model or a saved head to begin with; left out, a new head."""
+    codec: str
+    """Folder or Hub name: Mimi, EnCodec, DAC, a unit vocoder of ours, or ``starter/codec``."""
+    design: Literal["talker", "units"] = "talker"
+    """``talker``: frame after frame, several codebooks with a delay. ``units``: all frames of a token at
+    once, aligned by CTC (LLaMA-Omni). See docs/speaking.md."""
+    books: Count | None = None
+    """Codebooks that are spoken; left out, all of the codec. ``units`` has one."""
+    layers: Count = 2
+    """Blocks of the head."""
+    width: Count | None = None
+    """Of its hidden states; left out, the language model's."""
+    heads: Count | None = None
+    """Left out, one for 64 of ``width``, at least four where it can be cut so."""
+    read: Count = 2
+    """``talker``: tokens that are read before each stretch of frames,"""
+    write: Count = 10
+    """and frames that are written after them."""
+    upsample: Count = 25
+    """``units``: places for frames a token."""
+    voices: tuple[str, ...] = ()
+    """Names of the voices in the training data; empty: one voice."""
+    reference: Annotated[int, Strict(), Field(ge=0)] = 0
+    """Numbers by which a voice without a name is told, from a clip of it; 0: voices by name only."""
+
+    @model_validator(mode="after")
+    def _voices(self) -> SpeechSpec:
+        if len(set(self.voices)) < len(self.voices):
+            raise ValueError(f"voices are named once each, got {list(self.voices)}")
+        if self.design == "units" and (self.books or 1) != 1:
+            raise ValueError(f"design 'units' speaks one codebook, got books = {self.books}")
+        return self
+
+
 class ModelSpec(Value):
     """A model to compose from parts, or a composed one to go on with."""
 
     path: str | None = None
-    """Folder of a composed model, or ``starter``; excludes the other keys."""
+    """Folder of a composed model, or ``starter``; excludes ``language`` and ``vision``."""
     language: LanguageSpec | None = None
     """The language model: ``[model.language]``."""
     vision: VisionSpec | None = None
-    """Left out, the model reads text only."""
+    """Left out, the model does not see."""
+    audio: AudioSpec | None = None
+    """Left out, the model does not hear. Beside ``path`` it gives that model ears, or new ones."""
+    speech: SpeechSpec | None = None
+    """Left out, the model does not speak. Beside ``path`` it gives that model a mouth, or a new one."""
 
     @model_validator(mode="after")
     def _parts_or_whole(self) -> ModelSpec:
@@ -134,7 +211,8 @@ class ModelSpec(Value):
             )
         if self.path is None and self.language is None:
             raise ValueError(
-                "a model needs 'language' (and 'vision', if it shall see), or 'path' of a composed model"
+                "a model needs 'language' (and 'vision', if it shall see, and 'audio', if it shall hear), or "
+                "'path' of a composed model"
             )
         return self
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tinymodal.compose.build import Composed
+    from tinymodal.model.codec import Codec
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<image>")
 """Ids 0 to 5."""
@@ -48,6 +50,19 @@ VisionKind = Literal[
     "blip_2_vision_model",
     "tinymodal_timm",
     "tinymodal_pair",
+]
+
+
+AudioKind = Literal[
+    "tinymodal_ear",
+    "whisper",
+    "wav2vec2",
+    "hubert",
+    "wavlm",
+    "data2vec-audio",
+    "wav2vec2-bert",
+    "wav2vec2-conformer",
+    "clap_audio_model",
 ]
 
 
@@ -199,6 +214,64 @@ def _tiny_timm(architecture: str, image_px: int) -> dict[str, Any]:
     return {"model_type": "tinymodal_timm", "architecture": architecture, "model_args": sizes}
 
 
+def tiny_audio(kind: AudioKind | str = "tinymodal_ear") -> dict[str, Any]:
+    """A config for :class:`~tinymodal.compose.spec.AudioSpec`: two blocks, 32 wide.
+
+    It hears in the steps of its family: Whisper and wav2vec 2.0 have 50 positions a second, our own 25.
+
+    Args:
+        kind: a tower's ``model_type``.
+    """
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    if kind == "tinymodal_ear":
+        ear = {"num_mel_bins": 16, "channels": [16, 32], "residual_convs": [0, 0], "reach": 3}
+        return {"model_type": kind, **ear, "num_attention_heads": 4}
+    if kind in ("whisper", "qwen2_audio_encoder", "audioflamingo3_encoder", "speech_to_text"):
+        half = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+        ends = ("encoder", "decoder") if kind in ("whisper", "speech_to_text") else ("encoder",)
+        both = {f"{end}_{key}": value for end in ends for key, value in half.items()}
+        # 5 s.
+        return {"model_type": kind, "d_model": 32, "num_mel_bins": 16, "max_source_positions": 250, **both}
+    if kind == "clap_audio_model":
+        stages = {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
+        return {"model_type": kind, "patch_embeds_hidden_size": 4, "hidden_size": 32, **stages}
+    if kind == "wav2vec2-bert":
+        return {"model_type": kind, **sizes, "feature_projection_input_dim": 32}
+    from transformers import CONFIG_MAPPING
+
+    family = CONFIG_MAPPING[kind]()
+    places = 3 if kind == "data2vec-audio" else 16  # layers there, positions that one spans elsewhere
+    waves: dict[str, Any] = {"conv_dim": [8] * len(getattr(family, "conv_kernel", ()) or ())}
+    waves |= {"num_conv_pos_embeddings": places, "num_conv_pos_embedding_groups": 4}
+    bands = {"num_mel_bins": 16, "max_source_positions": 250}
+    known = {key: value for key, value in (sizes | waves | bands).items() if hasattr(family, key)}
+    return {"model_type": kind, **known}
+
+
+def tiny_codec(folder: Path | str, books: int = 2, seed: int = 0) -> Codec:
+    """A codec of our own kind with random codebooks of 16 codes, written into ``folder``.
+
+    25 frames a second at 16 kHz. ``open_codec`` and ``model.speech.codec`` read the folder.
+    """
+    import torch
+
+    from tinymodal.model.codec import open_codec
+
+    sizes = {f"{part}_width": 16 for part in ("encoder", "decoder", "step")}
+    small = {f"{part}_blocks": 1 for part in ("encoder", "decoder", "step")}
+    config = {"model_type": "tinymodal_codec", "books": books, "book_size": 16, "encoder_stem": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        codec = open_codec({**config, **sizes, **small, "book_width": 8})
+    codec.save(folder)
+    return codec
+
+
 def tiny_model(
     vision: VisionKind | str | None = "siglip_vision_model",
     connector: str = "pixel_shuffle",
@@ -212,6 +285,9 @@ def tiny_model(
     sight: dict[str, Any] | None = None,
     words: Iterable[str] = (),
     tokenizer: PreTrainedTokenizerFast | None = None,
+    audio: AudioKind | str | None = None,
+    hearing: dict[str, Any] | None = None,
+    speech: dict[str, Any] | None = None,
     **language_config: Any,
 ) -> Composed:
     """A whole model of random parts, in under a second.
@@ -228,15 +304,22 @@ def tiny_model(
         sight: further keys of :class:`~tinymodal.compose.spec.VisionSpec`, e.g. ``{"resize": "tiles"}``.
         words: see :func:`tiny_tokenizer`.
         tokenizer: instead of :func:`tiny_tokenizer`'s.
+        audio: an audio tower's ``model_type``; None: a model that does not hear.
+        hearing: further keys of :class:`~tinymodal.compose.spec.AudioSpec`, e.g. ``{"tokens_per_s": 5}``.
+        speech: keys of :class:`~tinymodal.compose.spec.SpeechSpec`; its codec may be :func:`tiny_codec`'s
+            folder. None: a model that does not speak.
         language_config: further keys of the language model's config, or other values for them.
     """
     from tinymodal.compose.build import compose
-    from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
+    from tinymodal.compose.ears import AUDIO_TOKEN
+    from tinymodal.compose.spec import AudioSpec, LanguageSpec, ModelSpec, SpeechSpec, VisionSpec
 
     tokenizer = tokenizer if tokenizer is not None else tiny_tokenizer(words)
+    # With a row for the token that composing will add.
+    rows = len(tokenizer) + (audio is not None and AUDIO_TOKEN not in tokenizer.get_vocab())
     spec = ModelSpec(
         language=LanguageSpec(
-            config={**tiny_language(language, vocab_size=len(tokenizer)), **language_config},
+            config={**tiny_language(language, vocab_size=rows), **language_config},
             tokenizer="in memory",
             template=template,
         ),
@@ -249,5 +332,7 @@ def tiny_model(
             feature_layer=feature_layer,
             **(sight or {}),
         ),
+        audio=None if audio is None else AudioSpec(config=tiny_audio(audio), **(hearing or {})),
+        speech=None if speech is None else SpeechSpec(**speech),
     )
     return compose(spec, tokenizer, seed)

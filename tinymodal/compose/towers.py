@@ -19,6 +19,7 @@ from tinymodal.compose.pretrained import fetch, one_line, read_json, read_weight
 from tinymodal.core.errors import CheckpointError
 from tinymodal.model.configuration_tinymodal import TinyModalConfig, settled_connectors
 from tinymodal.model.encoders import encoder_of, tower_config
+from tinymodal.model.hf_audio import HFAudioTower
 from tinymodal.model.hf_tower import HFTower
 from tinymodal.model.modeling_tinymodal import load_exactly
 from tinymodal.model.pair import PairConfig, PairTower
@@ -108,10 +109,10 @@ def load_tower(tower: MediaEncoder, folder: Path | tuple[Path, ...], key: str) -
         return
     where = f"{key}: {folder}"
     with one_line(where, CheckpointError):
-        wanted = tower.module.state_dict()
-        weights = (
-            _hf_weights(tower, folder, where) if isinstance(tower, HFTower) else read_weights(folder, where)
-        )
+        # A learned mean of layers is the model's, not the checkpoint's.
+        wanted = {name: w for name, w in tower.module.state_dict().items() if name != "layer_weights"}
+        is_hf = isinstance(tower, HFTower | HFAudioTower)
+        weights = _hf_weights(tower, folder, where) if is_hf else read_weights(folder, where)  # type: ignore[arg-type]
         if isinstance(tower, TimmTower):
             weights = _timm_weights(tower, weights)
         found = {name: weights[name] for name in wanted if name in weights}
@@ -124,10 +125,12 @@ def load_tower(tower: MediaEncoder, folder: Path | tuple[Path, ...], key: str) -
             )
         if shapes:
             raise _other_shapes(where, {n: (found[n].shape, wanted[n].shape) for n in shapes})
+        if isinstance(mean := getattr(tower.module, "layer_weights", None), Tensor):
+            found["layer_weights"] = mean.detach()
         load_exactly(tower.module, found)
 
 
-def _hf_weights(tower: HFTower, folder: Path, where: str) -> dict[str, Tensor]:
+def _hf_weights(tower: HFTower | HFAudioTower, folder: Path, where: str) -> dict[str, Tensor]:
     """What a folder holds for a tower of transformers, by the tower's names."""
     # transformers' own reader: it knows the names that older versions and whole CLIP models use.
     family: Any = type(tower.backbone)
@@ -181,7 +184,7 @@ def _timm_weights(tower: TimmTower, weights: Mapping[str, Tensor]) -> dict[str, 
     return found if translate is None else dict(translate(found, tower.backbone))
 
 
-def load_connector(model: Any, name: str, key: str) -> None:
+def load_connector(model: Any, name: str, key: str, kind: str = "image") -> None:
     """Let connector and marks begin with those of another composed model.
 
     What the other one lacks stays new, as the second projection of TinyGPT-V does over MiniGPT-4's Q-Former.
@@ -190,6 +193,7 @@ def load_connector(model: Any, name: str, key: str) -> None:
         model: a composed one; changed in place.
         name: folder or Hub name of the other one, or the folder of its run.
         key: the recipe key that holds it, for the error.
+        kind: of media; of sounds a learned mean of the tower's layers goes with it.
 
     Raises:
         CheckpointError: it is no composed model, has no connector, or one with a weight that ours does not
@@ -200,14 +204,19 @@ def load_connector(model: Any, name: str, key: str) -> None:
         folder = folder / "model"
     where = f"{key}: {folder}"
     config = read_json(folder / "config.json", where)
-    kind = config.get("model_type")
-    if kind != TinyModalConfig.model_type:
-        raise CheckpointError(f"{where}: holds a model of type {kind!r}, not a composed one with a connector")
-    _refuse_other_connector(config, model.config, where)
+    found_type = config.get("model_type")
+    if found_type != TinyModalConfig.model_type:
+        raise CheckpointError(
+            f"{where}: holds a model of type {found_type!r}, not a composed one with a connector"
+        )
+    _refuse_other_connector(config, model.config, where, kind)
     with one_line(where, CheckpointError):
         weights = read_weights(folder, where)
     own = model.state_dict()
-    found = {n: w for n, w in weights.items() if n.startswith(("model.connectors.", "model.marks."))}
+    begins = (f"model.connectors.{kind}.", f"model.marks.{kind}.")
+    found = {n: w for n, w in weights.items() if n.startswith(begins)}
+    if (mean := f"model.towers.{kind}.layer_weights") in weights and mean in own:
+        found[mean] = weights[mean]
     if not found:
         raise CheckpointError(f"{where}: has no connector")
     for weight, tensor in found.items():
@@ -221,11 +230,13 @@ def load_connector(model: Any, name: str, key: str) -> None:
         own[weight].copy_(tensor)
 
 
-def _refuse_other_connector(theirs: Mapping[str, Any], ours: Any, where: str) -> None:
+def _refuse_other_connector(theirs: Mapping[str, Any], ours: Any, where: str, kind: str) -> None:
     """Refuse weights that would mean something else here, which shapes do not tell."""
-    if not theirs.get("connectors"):
+    given = theirs.get("connectors") or {}
+    if kind not in given:
         raise CheckpointError(f"{where}: has no connector")
-    said, here = settled_connectors(theirs["connectors"], sees=True)["image"], ours.connectors["image"]
+    said = settled_connectors({kind: given[kind]}, kind == "image", kind == "audio")[kind]
+    here = ours.connectors[kind]
     for name in sorted(set(said["options"]) & set(here["options"])):
         # A projection more or less shows in the weights; how many there are of it may differ.
         if name not in ("middle", "depth") and said["options"][name] != here["options"][name]:
@@ -233,7 +244,7 @@ def _refuse_other_connector(theirs: Mapping[str, Any], ours: Any, where: str) ->
                 f"{where}: its connector has {name} = {said['options'][name]!r}, here it is "
                 f"{here['options'][name]!r}; make them equal"
             )
-    if said["marks"] and said["marks"] != here["marks"]:
+    if said.get("marks") and said["marks"] != here["marks"]:
         raise CheckpointError(
             f"{where}: its marks are {said['marks']}, here they are {here['marks']}; make them equal"
         )

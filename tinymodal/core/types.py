@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -42,7 +42,47 @@ class Image:
     """At least and at most so many pixels after resizing (``native``); None: as the model was composed."""
 
 
-Part = Text | Image
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """A sound that is heard: a file, the bytes of one, or its samples. Decoded only when it is encoded."""
+
+    source: Path | bytes | Tensor
+    """Samples are float32 [samples] or [channels, samples], full scale 1."""
+    rate_hz: int | None = None
+    """Of samples; a file says its own."""
+    start_s: float | None = None
+    end_s: float | None = None
+    """Only what lies between is heard; None: from the beginning, to the end."""
+    change: Change | None = None
+    """What augmentation does to it; None: nothing. See ``data/augment.py``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """How an assistant's turn sounds: the words of the turn, spoken. It is learned and never read."""
+
+    source: Path | bytes | Tensor
+    """As :attr:`Audio.source`."""
+    rate_hz: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+    voice: str | None = None
+    """Name of the voice, of those that the speech head knows; None: the first."""
+
+
+class Change(Protocol):
+    """One drawn augmentation: frozen and picklable."""
+
+    def wave(self, samples: Tensor, rate_hz: int) -> Tensor:
+        """Changed samples, float32 [samples]."""
+
+    def mel(self, mel: Tensor, frames_per_s: float, silence: float) -> Tensor:
+        """Changed log-mel, float32 [bands, frames], or samples [1, samples]; ``silence`` is its quietest."""
+
+
+Medium = Image | Audio
+"""What a model perceives: it has a place among the words."""
+Part = Text | Image | Audio | Speech
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +108,11 @@ class Sample:
     rejected: tuple[Message, ...] | None = None
     """The same conversation with a worse answer, for the ``dpo`` loss; it shows the same pictures."""
 
-    def media(self) -> Iterator[Image]:
-        """Every picture in reading order."""
+    def media(self) -> Iterator[Medium]:
+        """Every picture and sound in reading order."""
         for message in self.messages:
             for part in message.parts:
-                if isinstance(part, Image):
+                if isinstance(part, Image | Audio):
                     yield part
 
 
@@ -80,14 +120,16 @@ class Sample:
 class MediaItem:
     """One prepared medium and the number of tokens it takes; ``tokens == prod(grid)``."""
 
-    kind: Literal["image"]
+    kind: Literal["image", "audio"]
     tiles: tuple[Tensor, ...]
-    """What the tower sees, float32 [3, H, W] each; one for most ways to prepare a picture."""
+    """What the tower takes: of a picture float32 [3, H, W] each, one for most ways to prepare it; of a sound
+    its windows, float32 [bands, frames] each, or [1, samples] for a tower that reads the wave itself."""
     grid: tuple[int, ...]
     """Rows and columns of tokens after the connector; one number where they are no rectangle."""
     tokens: int
     patches: int
-    """Positions the tower computes for this item: the unit of the packer's second budget."""
+    """Positions the tower computes for this item: the unit of the packer's second budget (pictures) and of
+    its third (``frames``, sounds)."""
     targets: Tensor | None = None
     """int64 [tokens, heads], see ``Image.targets``."""
     tile_tokens: tuple[int, ...] = ()
@@ -99,6 +141,23 @@ class MediaItem:
     """The tower has run already: ``tiles`` are its features, [*grid, E] each, in place of pixels."""
     key: str = ""
     """Under which the features of the tiles are kept on disk; empty: nowhere. See ``data/cache.py``."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechItem:
+    """The sound of one answer, and which of the sample's tokens it speaks."""
+
+    first: int
+    last: int
+    """The answer's tokens are ``ids[first:last]``; all of them train, the stop included."""
+    wave: Tensor | None
+    """float32 [samples] at the codec's rate; None once ``codes`` are known."""
+    codes: Tensor | None = None
+    """int64 [Q, F]: F frames of Q codebooks."""
+    voice: int = 0
+    """Number of the voice, of those that the speech head knows."""
+    key: str = ""
+    """Under which the codes are kept on disk; empty: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +175,8 @@ class Encoded:
     Each part shows all of ``media``, which are listed, encoded and counted as patches once."""
     source: int = 0
     """Which source of the stage it was drawn from."""
+    speech: tuple[SpeechItem, ...] = ()
+    """In order of the answers; empty where the model does not speak."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -127,13 +188,20 @@ class Encoded:
 
     @property
     def num_patches(self) -> int:
-        return sum(item.patches for item in self.media)
+        """Positions of the vision tower."""
+        return sum(item.patches for item in self.media if item.kind == "image")
+
+    @property
+    def num_frames(self) -> int:
+        """Positions of the audio tower."""
+        return sum(item.patches for item in self.media if item.kind == "audio")
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of packed documents. B rows of T positions, I tiles, S tokens a tile, K placeholders.
+    """Rows of packed documents.
 
+    B rows of T positions, I tiles, S tokens a tile, K placeholders; A windows of sound with L placeholders.
     ``image_take`` says which embeddings are used and ``image_put`` at which of the B*T positions; both are
     computed and checked where the batch is made, so the forward pass has nothing left to mismatch.
     """
@@ -171,13 +239,34 @@ class Batch:
     target_document: Tensor | None = None
     """int64 [N]: which of the D documents each target is in."""
     target_group: Tensor | None = None
-    """int64 [N]: twice the source of the target's document, plus 1 if that document shows a picture."""
+    """int64 [N]: four times the source of the target's document, plus 1 if that document shows a picture,
+    plus 2 if it plays a sound."""
     num_sources: int = 1
     pairs: Tensor | None = None
     """int64 [P, 2]: the documents of a chosen and of a rejected answer; None where there are none."""
     image_features: Tensor | tuple[Tensor, ...] | None = None
     """[I, *grid, E], a tower's features from the cache, in place of ``pixel_values``; as there, one tensor
     for each shape where they differ."""
+    audio_values: Tensor | tuple[Tensor, ...] | None = None
+    """Prepared windows of sound, float32 [A, bands, frames] or [A, 1, samples]; where windows differ in
+    length one such tensor for each length; None where no row has a sound: then the tower does not run."""
+    audio_take: Tensor | None = None
+    """int64 [L]: as ``image_take``."""
+    audio_put: Tensor | None = None
+    """int64 [L]"""
+    audio_features: Tensor | tuple[Tensor, ...] | None = None
+    """As ``image_features``, [A, positions, E]."""
+    speech_codes: Tensor | None = None
+    """int64 [Q, G]: the frames of the Z spoken answers end to end; None where nothing is spoken."""
+    speech_frames: tuple[int, ...] = ()
+    """Frames of each spoken answer; in sum G."""
+    speech_take: Tensor | None = None
+    """int64 [P]: which of the N targets are tokens of the spoken answers, answer by answer. The state that a
+    speech head reads of a token is the one that predicts it."""
+    speech_tokens: tuple[int, ...] = ()
+    """Tokens of each spoken answer; in sum P."""
+    speech_voices: Tensor | None = None
+    """int64 [Z]"""
     num_draws: int = 0
     """Draws that this batch is done with: its samples, and what was found unusable since the one before."""
 
@@ -198,5 +287,8 @@ class Batch:
             "pixel_values": self.pixel_values,
             "image_take": self.image_take,
             "image_put": self.image_put,
+            "audio_values": self.audio_values,
+            "audio_take": self.audio_take,
+            "audio_put": self.audio_put,
         }
         return {name: value for name, value in named.items() if value is not None}

@@ -1,7 +1,8 @@
 """Samples on their way from a worker process, without loss and with few messages.
 
-A chunk of samples becomes one ``Bundle``: its pictures go through shared memory as the bytes of one tensor,
-as each tensor sent takes a file handle and about 0.9 ms. The rest is small and goes through the pipe.
+A chunk of samples becomes one ``Bundle``: its pictures and sounds go through shared memory as the bytes of
+one tensor, as each tensor sent takes a file handle and about 0.9 ms. The rest is small and goes through the
+pipe.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Encoded, MediaItem
+from tinymodal.core.types import Encoded, MediaItem, SpeechItem
+
+Outline = tuple[torch.dtype, torch.Size]
+"""Of a tensor that is sent as bytes."""
 
 
 class Bad(NamedTuple):
@@ -44,6 +48,7 @@ class _Outline(NamedTuple):
     parts: tuple[int, ...]
     source: int
     media: list[_Shape]
+    speech: list[_Spoken]
 
 
 class _Shape(NamedTuple):
@@ -51,9 +56,18 @@ class _Shape(NamedTuple):
 
     item: MediaItem
     """With neither tiles nor targets nor order."""
-    tiles: tuple[tuple[torch.dtype, torch.Size], ...]
+    tiles: tuple[Outline, ...]
     targets: torch.Size | None
     order: NDArray[np.int64] | None
+
+
+class _Spoken(NamedTuple):
+    """A ``SpeechItem`` without its tensors."""
+
+    item: SpeechItem
+    """With neither wave nor codes."""
+    wave: Outline | None
+    codes: Outline | None
 
 
 def bundle(chunk: list[Encoded | Bad]) -> Bundle:
@@ -64,13 +78,20 @@ def bundle(chunk: list[Encoded | Bad]) -> Bundle:
         [
             item
             if isinstance(item, Bad)
-            else _Outline(item.sample_id, len(item), item.parts, item.source, list(map(_shape, item.media)))
+            else _Outline(
+                item.sample_id,
+                len(item),
+                item.parts,
+                item.source,
+                list(map(_shape, item.media)),
+                list(map(_spoken, item.speech)),
+            )
             for item in chunk
         ],
         _flat([item.ids for item in good], torch.int64).numpy(),
         _flat([item.labels for item in good], torch.int64).numpy(),
         _flat([medium.targets for medium in media if medium.targets is not None], torch.int64).numpy(),
-        _flat([_bytes(tile) for medium in media for tile in medium.tiles], torch.uint8),
+        _flat([_bytes(tensor) for item in good for tensor in _sent(item)], torch.uint8),
     )
 
 
@@ -78,27 +99,48 @@ def unbundle(parcel: Bundle) -> Iterator[Encoded | Bad]:
     """The chunk's items again, in order."""
     ids, labels, targets = map(torch.from_numpy, (parcel.ids, parcel.labels, parcel.targets))
     at = values_at = targets_at = 0
+
+    def next_tensor(outline: Outline) -> Tensor:
+        nonlocal values_at
+        dtype, size = outline
+        begin, values_at = values_at, values_at + size.numel() * dtype.itemsize
+        # A copy: a view would keep the whole chunk in shared memory while a sample waits in a row.
+        return parcel.values[begin:values_at].clone().view(dtype).view(size)
+
     for item in parcel.items:
         if isinstance(item, Bad):
             yield item
             continue
         media = []
         for shape in item.media:
-            tiles = []
-            for dtype, size in shape.tiles:
-                end = values_at + size.numel() * dtype.itemsize
-                # A copy: a view would keep the whole chunk in shared memory while a sample waits in a row.
-                tiles.append(parcel.values[values_at:end].clone().view(dtype).view(size))
-                values_at = end
+            tiles = tuple(map(next_tensor, shape.tiles))
             target = None
             if shape.targets is not None:
                 end = targets_at + shape.targets.numel()
                 target, targets_at = targets[targets_at:end].view(shape.targets), end
             order = None if shape.order is None else torch.from_numpy(shape.order)
-            media.append(replace(shape.item, tiles=tuple(tiles), targets=target, order=order))
+            media.append(replace(shape.item, tiles=tiles, targets=target, order=order))
+        speech = tuple(
+            replace(
+                spoken.item,
+                wave=None if spoken.wave is None else next_tensor(spoken.wave),
+                codes=None if spoken.codes is None else next_tensor(spoken.codes),
+            )
+            for spoken in item.speech
+        )
         end = at + item.length
-        yield Encoded(ids[at:end], labels[at:end], tuple(media), item.sample_id, item.parts, item.source)
+        yield Encoded(
+            ids[at:end], labels[at:end], tuple(media), item.sample_id, item.parts, item.source, speech
+        )
         at = end
+
+
+def _sent(sample: Encoded) -> Iterator[Tensor]:
+    """The tensors that go as bytes, in the order in which :func:`unbundle` takes them."""
+    for item in sample.media:
+        yield from item.tiles
+    for spoken in sample.speech:
+        yield from (tensor for tensor in (spoken.wave, spoken.codes) if tensor is not None)
 
 
 def _shape(item: MediaItem) -> _Shape:
@@ -110,8 +152,16 @@ def _shape(item: MediaItem) -> _Shape:
     )
 
 
-def _bytes(tile: Tensor) -> Tensor:
-    return tile.reshape(-1).view(torch.uint8)
+def _spoken(item: SpeechItem) -> _Spoken:
+    return _Spoken(
+        replace(item, wave=None, codes=None),
+        None if item.wave is None else (item.wave.dtype, item.wave.shape),
+        None if item.codes is None else (item.codes.dtype, item.codes.shape),
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _flat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:

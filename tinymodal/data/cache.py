@@ -1,4 +1,4 @@
-"""A folder of tower features, one file a picture, that any number of processes read and write at once.
+"""A folder of tower features, one file a picture or sound; any number of processes read and write at once.
 
 A file is written beside its place and moved there, so that nobody sees half of it; it carries a checksum, so
 that what a crash or a disk left behind is found out. Whatever is wrong with a file makes it a miss: its
@@ -65,12 +65,13 @@ KEEP = 0.9
 
 
 class Entry(NamedTuple):
-    """What is kept of a picture."""
+    """What is kept of a picture or a sound."""
 
-    size_px: tuple[int, int]
-    """Height and width of the picture, upright: its layout follows from that (``processor.layout``)."""
+    size: tuple[int, int]
+    """Of a picture height and width in pixels, upright; of a sound its samples, and 1. The layout follows
+    from that (``layout`` of its processor)."""
     tiles: tuple[Tensor, ...]
-    """The tower's features of each tile, bfloat16 [*grid, E]."""
+    """The tower's features of each tile or window, bfloat16 [*grid, E]."""
     num_bytes: int
     """On disk."""
 
@@ -137,7 +138,7 @@ class FeatureCache:
             return 0
         return size if size == whole else 0
 
-    def put(self, key: str, size_px: tuple[int, int], tiles: Sequence[Tensor]) -> Entry:
+    def put(self, key: str, size: tuple[int, int], tiles: Sequence[Tensor]) -> Entry:
         """Keep features; what comes back is what :meth:`get` will read, rounded as it will be.
 
         Features that are not finite are not written: a step without a finite loss must not come back with
@@ -145,10 +146,10 @@ class FeatureCache:
 
         Args:
             key: hexadecimal digits.
-            size_px: see :class:`Entry`.
+            size: see :class:`Entry`.
             tiles: [*grid, E] each, on the CPU.
         """
-        data = pack(key, size_px, tiles, self.dtype)
+        data = pack(key, size, tiles, self.dtype)
         entry = unpack(data, key)
         if (
             self.writing
@@ -220,7 +221,7 @@ class FeatureCache:
             what = self._to_say.pop()
             say(
                 f"the cache {self.folder} {what} ({error.strerror or error}); training goes on without "
-                f"writing, and encodes pictures that are not in it each time"
+                f"writing, and encodes what is not in it each time"
             )
 
     def _make_room(self, num_bytes: int) -> None:
@@ -261,7 +262,7 @@ class FeatureCache:
                         yield file.path, file.stat()
 
 
-def pack(key: str, size_px: tuple[int, int], tiles: Sequence[Tensor], dtype: CacheDtype) -> bytearray:
+def pack(key: str, size: tuple[int, int], tiles: Sequence[Tensor], dtype: CacheDtype) -> bytearray:
     """The bytes of a file."""
     scales: list[float] = []
     numbers = []
@@ -276,7 +277,7 @@ def pack(key: str, size_px: tuple[int, int], tiles: Sequence[Tensor], dtype: Cac
     outline = json.dumps(
         {
             "key": key,
-            "size_px": list(size_px),
+            "size_px": list(size),
             "dtype": dtype,
             "shapes": [list(tile.shape) for tile in tiles],
             "scales": scales,
@@ -319,13 +320,13 @@ def _entry(data: bytearray, key: str) -> Entry:
             x = torch.frombuffer(data, dtype=torch.bfloat16, count=prod(shape), offset=at)
             tiles.append(x.view(shape))
         at += size
-    return Entry(outline.size_px, tuple(tiles), len(data))
+    return Entry(outline.size, tuple(tiles), len(data))
 
 
 class _Outline(NamedTuple):
     """What a file says of itself."""
 
-    size_px: tuple[int, int]
+    size: tuple[int, int]
     dtype: str
     shapes: list[tuple[int, ...]]
     scales: list[float]

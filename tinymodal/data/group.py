@@ -2,12 +2,13 @@
 
 A batch is padded to its longest row. ``batch_tokens`` is its budget, padding included, so short samples come
 in many rows and long ones in few. Samples wait in a pool; once the pool holds ``WINDOW`` batches, each batch
-is the sample that waits longest with those nearest to it in length, pictures with pictures and text with
-text. What waits longest follows the seeded order of draws, and so does the order of batches: long and short
-ones alternate at random, no sample waits for ever, and the place in the data is the list of draws that wait.
+is the sample that waits longest with those nearest to it in length, pictures with pictures, sounds with
+sounds and text with text. What waits longest follows the seeded order of draws, and so does the order of
+batches: long and short ones alternate at random, no sample waits for ever, and the place in the data is the
+list of draws that wait.
 
-Pictures are decoded while their samples wait. ``POOL_PATCHES`` bounds what that takes: about 0.6 GB for
-towers with 14 px patches in float32.
+Pictures and sounds are decoded while their samples wait. ``POOL_PATCHES`` bounds what that takes: about
+0.6 GB for towers with 14 px patches in float32, and less for sounds.
 
 Positions lost to padding, measured over 20,000 samples in batches of 16,384 positions; beside it, batches of
 the same budget in the order of arrival, and packing. Choosing takes 0.05 ms a sample.
@@ -35,14 +36,19 @@ WINDOW = 16
 """Batches' worth of positions that wait: more means less padding and more pictures in memory."""
 
 POOL_PATCHES = 1 << 18
-"""Image patches that wait at most, plus those of one sample."""
+"""Image patches and frames of sound that wait at most, plus those of one sample."""
 
 
 class GroupedBatches:
     """Samples in, batches of rows of one sample out."""
 
     def __init__(
-        self, seq_len: int, batch_tokens: int, patches: int | None = None, window: int = WINDOW
+        self,
+        seq_len: int,
+        batch_tokens: int,
+        patches: int | None = None,
+        window: int = WINDOW,
+        frames: int | None = None,
     ) -> None:
         """Begin with an empty pool.
 
@@ -51,10 +57,13 @@ class GroupedBatches:
             batch_tokens: positions of a batch, padding included; at least ``seq_len``.
             patches: image patches for each ``seq_len`` positions of the budget; None for any number.
             window: batches' worth of positions that wait.
+            frames: frames of sound for each ``seq_len`` positions of the budget; None for any number.
         """
-        self._limits = Packer(seq_len, patches)
+        self._limits = Packer(seq_len, patches, frames=frames)
         self.batch_tokens = batch_tokens
-        self.batch_patches = None if patches is None else patches * (batch_tokens // seq_len)
+        rows = batch_tokens // seq_len
+        self.batch_patches = None if patches is None else patches * rows
+        self.batch_frames = None if frames is None else frames * rows
         self.window = window
         self.dropped: list[Dropped] = []
         self._pool: list[Row] = []  # in order of arrival
@@ -108,23 +117,24 @@ class GroupedBatches:
         at = next(n for n, row in enumerate(rows) if row is oldest)
         tokens = [0, *accumulate(row.tokens for row in rows)]
         patches = [0, *accumulate(row.patches for row in rows)]
+        frames = [0, *accumulate(row.frames for row in rows)]
         best, low, most = (at, at), 0, -self.batch_tokens
         for high in range(at, len(rows)):  # the longest row of the batch
             low = max(low, high + 1 - self.batch_tokens // rows[high].tokens)
-            if self.batch_patches is not None:
-                while patches[high + 1] - patches[low] > self.batch_patches:
+            for used, most_used in ((patches, self.batch_patches), (frames, self.batch_frames)):
+                while most_used is not None and used[high + 1] - used[low] > most_used:
                     low += 1
             if low > at:
                 break
-            used = tokens[high + 1] - tokens[low]
-            padding = rows[high].tokens * (high + 1 - low) - used
-            if used - padding > most:
-                best, most = (low, high), used - padding
+            filled = tokens[high + 1] - tokens[low]
+            padding = rows[high].tokens * (high + 1 - low) - filled
+            if filled - padding > most:
+                best, most = (low, high), filled - padding
         return rows[best[0] : best[1] + 1]
 
     def _count(self, row: Row, sign: int) -> None:
         self._tokens += sign * row.tokens
-        self._patches += sign * row.patches
+        self._patches += sign * (row.patches + row.frames)
 
 
 def _modality(row: Row) -> frozenset[str]:

@@ -47,9 +47,10 @@ from tinymodal.data.sources import (
     one_line,
     open_source,
     picture_folder,
+    sound_folder,
 )
 from tinymodal.data.spool import Spool, spool_folder
-from tinymodal.data.tar import PICTURES, with_pictures
+from tinymodal.data.tar import PICTURES, SOUNDS, with_media
 from tinymodal.data.whole import whole
 
 BLOCK_ROWS = 256
@@ -66,6 +67,7 @@ def open_hub(
     split: str,
     format: str,
     images: str | Path | None = None,
+    sounds: str | Path | None = None,
     *,
     config: str | None = None,
     revision: str | None = None,
@@ -78,6 +80,7 @@ def open_hub(
         split: ``train``, ``validation``, ...
         format: how its rows are written: a name in ``CONVERTERS``, or ``"my_rows.py:convert"``.
         images: folder of the pictures, where rows name files.
+        sounds: folder of the sounds, likewise.
         config: which of its configurations, where it has several.
         revision: branch, tag or commit; name a commit to train on the same data next year.
         seed: of the order of a stream whose length is not known; other orders are the mixture's.
@@ -86,17 +89,17 @@ def open_hub(
         DataError: ``datasets`` is not installed; no such data set, configuration or split; not reachable.
     """
     convert = find(format, CONVERTERS, "row format")
-    folder = picture_folder(images, name)
+    folders = picture_folder(images, name), sound_folder(sounds, name)
     datasets = _datasets(name)
     if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-        return Rows([_SavedRows(Path(name), split)], convert, folder)
+        return Rows([_SavedRows(Path(name), split)], convert, *folders)
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         files = _files(builder, name, split)
         if all("://" not in file and Path(file).suffix.lower() in READABLE for file in files):
-            return open_source(files, format, images)
+            return open_source(files, format, images, sounds)
         if all("://" in file and file.endswith(".parquet") for file in files):
-            return Rows([RemoteParquet(file) for file in files], convert, folder)
+            return Rows([RemoteParquet(file) for file in files], convert, *folders)
         lane = _Lane(builder, name, split, files)
     except DataError:
         raise
@@ -107,8 +110,8 @@ def open_hub(
         ) from error
     known = (builder.info.splits or {}).get(split)
     if known is not None and known.num_examples:
-        return StreamRows([_BlockRows(lane, known.num_examples)], convert, folder)
-    return Stream(lane, convert, folder, seed)
+        return StreamRows([_BlockRows(lane, known.num_examples)], convert, *folders)
+    return Stream(lane, convert, *folders, seed=seed)
 
 
 def _datasets(name: str) -> Any:
@@ -483,8 +486,11 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     inner = json.loads(inner) if isinstance(inner, str | bytes) else dict(inner or {})
     if row.get("txt") is not None and inner.get("text") is None:
         inner["text"] = row["txt"]
-    pictures = [row[key] for key in row if key.lower().endswith(PICTURES) and row[key] is not None]
-    return with_pictures(inner, pictures)
+    pictures, sounds = (
+        [row[key] for key in row if key.lower().endswith(endings) and row[key] is not None]
+        for endings in (PICTURES, SOUNDS)
+    )
+    return with_media(inner, pictures, sounds)
 
 
 class _BlockRows:
@@ -528,10 +534,17 @@ class Stream:
     Rows are shuffled in windows of ``WINDOW`` blocks, each window in another order in each pass.
     """
 
-    def __init__(self, lane: _Lane, convert: Convert, images: Path | None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        lane: _Lane,
+        convert: Convert,
+        images: Path | None,
+        sounds: Path | None = None,
+        seed: int = 0,
+    ) -> None:
         self.lane = lane
         self.convert = convert
-        self.images = images
+        self.images, self.sounds = images, sounds
         self.seed = seed
         self._window: tuple[tuple[int, int], list[int]] | None = None
 
@@ -542,7 +555,7 @@ class Stream:
         return checked(self.lane.row(self._place(index)), self.row_id(index))
 
     def sample(self, index: int) -> Sample:
-        folders = Folders(Path(self.lane.name), self.images)
+        folders = Folders(Path(self.lane.name), self.images, sounds=self.sounds)
         return converted(self.convert, self.row(index), self.row_id(index), folders)
 
     def close(self) -> None:

@@ -45,6 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinymodal.core.errors import CheckpointError, DataError, RecipeError
 from tinymodal.core.types import Batch, Encoded, Sample
+from tinymodal.data.augment import Augment
 from tinymodal.data.bundle import Bad, bundle, unbundle
 from tinymodal.data.collate import collate
 from tinymodal.data.deal import Deal, redeal, states_of
@@ -82,13 +83,16 @@ class Loader:
         batch_tokens: int,
         pad_id: int,
         image_token_id: int,
+        audio_token_id: int | None = None,
         weights: Sequence[float] | None = None,
         patches: int | None = None,
+        frames: int | None = None,
         open_rows: int = 16,
         seed: int = 0,
         bad_rows: Literal["raise", "skip"] | int = "raise",
         workers: int = 0,
         complete: Callable[[list[Row]], list[Row]] | None = None,
+        changes: Sequence[Augment | None] | None = None,
         batching: Literal["pack", "grouped"] = "pack",
         ends: Ends = "repeat",
         epochs: Sequence[int | None] | None = None,
@@ -104,15 +108,19 @@ class Loader:
             batch_tokens: positions of a batch, padding included. Packed: ``batch_tokens // seq_len`` rows.
             pad_id: token that fills rows.
             image_token_id: the placeholder's token.
+            audio_token_id: the same for sounds; None: the model does not hear.
             weights: draws of each source relative to the others, see ``Mixture``.
             patches: image patches that a row may hold; None for any number.
+            frames: frames of sound that a row may hold; None for any number.
             open_rows: rows that are filled at the same time, see ``Packer``.
             seed: fixes the order of draws.
             bad_rows: what a ``DataError`` of a row does. A number: so many rows may be skipped by this
                 process, each counted once however often it is drawn; one more ends the training.
             workers: processes that encode; 0 encodes in this one. Changes nothing but the speed.
             complete: called with a batch's rows right before they are collated, in this process; gives rows
-                of the same samples, whose pictures may have become a tower's features (``MediaItem.seen``).
+                of the same samples, whose pictures and sounds may have become a tower's features
+                (``MediaItem.seen``), and what is spoken codes (``SpeechItem.codes``).
+            changes: how the sounds of each source are changed at random, by ``seed`` and the draw's number.
             batching: ``pack``: rows of many samples. ``grouped``: of one, see ``data/group.py``.
             ends: whether the draws end, see ``Mixture``.
             epochs: times that each source is read where they do.
@@ -136,20 +144,20 @@ class Loader:
             raise ValueError(f"rank {rank} of {world}")
         self.mixture = Mixture(sources, weights, seed, ends, epochs)
         self.deal = Deal(rank, world, total=self.mixture.total)
-        packer = Packer(seq_len, patches, open_rows)
+        packer = Packer(seq_len, patches, open_rows, frames)
         self.batches: PackedBatches | GroupedBatches = (
             PackedBatches(packer, batch_tokens // seq_len)
             if batching == "pack"
-            else GroupedBatches(seq_len, batch_tokens, patches)
+            else GroupedBatches(seq_len, batch_tokens, patches, frames=frames)
         )
-        self.pad_id, self.image_token_id = pad_id, image_token_id
+        self.pad_id, self.image_token_id, self.audio_token_id = pad_id, image_token_id, audio_token_id
         self.max_skipped: int | None = (
             {"raise": 0, "skip": None}[bad_rows] if isinstance(bad_rows, str) else bad_rows
         )
         self.workers = workers
         self.complete = complete
         self.num_sources = len(sources)
-        self.encode = _Encode(sources, encoder)
+        self.encode = _Encode(sources, encoder, changes or [None] * len(sources), seed)
         self.draws = 0
         """Samples that this rank has drawn so far in this deal, unusable ones included."""
         self.skipped: list[Skipped] = []
@@ -170,6 +178,7 @@ class Loader:
             "batching": batching,
             "seq_len": seq_len,
             "patches": patches,
+            "frames": frames,
             "open_rows": open_rows,
         }
         self._position = self._here()
@@ -223,7 +232,13 @@ class Loader:
             raise StopIteration
         if rows and self.complete is not None:
             rows = self.complete(rows)
-        batch = collate(rows, self.pad_id, self.image_token_id, num_sources=self.num_sources)
+        batch = collate(
+            rows,
+            self.pad_id,
+            self.image_token_id,
+            num_sources=self.num_sources,
+            audio_token_id=self.audio_token_id,
+        )
         self._position = self._here()
         return replace(batch, num_draws=self.done - before)
 
@@ -260,7 +275,8 @@ class Loader:
         rank, world = self.deal.rank, self.deal.world
         states = states_of(state, world)
         for key, now in self._settings.items():
-            then = states[0]["settings"][key]
+            # A budget that was not known when it was saved was none.
+            then = states[0]["settings"].get(key)
             if then != now:
                 raise CheckpointError(
                     f"data: {key} was {then} when this checkpoint was saved and is {now} now; the place in "
@@ -374,7 +390,7 @@ class Loader:
 
     def _open_stream(self, numbers: Iterable[int]) -> Iterator[Encoded | Bad]:
         """The samples of these draws, in order."""
-        draws = map(self.mixture, numbers)
+        draws = ((number, self.mixture(number)) for number in numbers)
         if not self.workers:
             return map(self.encode, draws)
         # A generator of its own: without one the workers' seed is taken from torch's global stream, and a
@@ -391,19 +407,28 @@ class Loader:
 
 
 class _Encode(Dataset[Encoded | Bad]):
-    """Draw -> encoded sample: all that workers do."""
+    """Numbered draw -> encoded sample: all that workers do."""
 
-    def __init__(self, sources: Sequence[Source], encoder: Callable[[Sample], Encoded]) -> None:
-        self.sources = tuple(sources)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encoder: Callable[[Sample], Encoded],
+        changes: Sequence[Augment | None],
+        seed: int,
+    ) -> None:
+        self.sources, self.changes = tuple(sources), tuple(changes)
         self.encoder = encoder
+        self.seed = seed
 
-    def __getitem__(self, draw: Draw) -> Encoded | Bad:
-        return self(draw)
+    def __getitem__(self, numbered: tuple[int, Draw]) -> Encoded | Bad:
+        return self(numbered)
 
-    def __call__(self, draw: Draw) -> Encoded | Bad:
-        source = self.sources[draw.source]
+    def __call__(self, numbered: tuple[int, Draw]) -> Encoded | Bad:
+        number, draw = numbered
+        source, change = self.sources[draw.source], self.changes[draw.source]
         try:
-            encoded = self.encoder(source.sample(draw.row))
+            sample = source.sample(draw.row)
+            encoded = self.encoder(sample if change is None else change(sample, self.seed, number))
             return encoded if encoded.source == draw.source else replace(encoded, source=draw.source)
         except DataError as error:
             made = f"source {draw.source}, sample {draw.row}"
@@ -417,6 +442,6 @@ def _leave_the_end_to_us(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def _chunks(draws: Iterator[Draw]) -> Iterator[list[Draw]]:
+def _chunks(draws: Iterator[tuple[int, Draw]]) -> Iterator[list[tuple[int, Draw]]]:
     while chunk := list(islice(draws, CHUNK)):
         yield chunk

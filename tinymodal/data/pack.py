@@ -1,8 +1,8 @@
 """Fill rows of fixed length with whole samples.
 
-A row takes a sample only within two budgets: tokens and image patches. The second keeps the tower's work
-equal from row to row. Samples are never cut: one that is longer than a row, or has more patches than a row
-may, is dropped and named in ``Packer.dropped``.
+A row takes a sample only within three budgets: tokens, image patches, and frames of sound. The last two keep
+the towers' work equal from row to row. Samples are never cut: one that is longer than a row, or has more
+patches or frames than a row may, is dropped and named in ``Packer.dropped``.
 
 A sample goes into the fullest of the ``open_rows`` open rows that can take it. Where none can, a new row is
 opened, and if that is one too many, the fullest is closed. Order inside a row follows arrival, so a seed
@@ -39,13 +39,14 @@ class Dropped(NamedTuple):
 class Row(Sequence[Encoded]):
     """Samples that share one row of a batch, in order of arrival, and the numbers they were drawn as."""
 
-    __slots__ = ("indices", "patches", "samples", "tokens")
+    __slots__ = ("frames", "indices", "patches", "samples", "tokens")
 
     def __init__(self) -> None:
         self.samples: list[Encoded] = []
         self.indices: list[int] = []
         self.tokens = 0
         self.patches = 0
+        self.frames = 0
 
     @overload
     def __getitem__(self, n: int) -> Encoded: ...
@@ -65,6 +66,7 @@ class Row(Sequence[Encoded]):
         self.indices.append(index)
         self.tokens += encoded.ids.numel()
         self.patches += encoded.num_patches
+        self.frames += encoded.num_frames
 
 
 class State(TypedDict):
@@ -75,14 +77,21 @@ class State(TypedDict):
 
 
 class Packer:
-    """Rows of up to ``seq_len`` tokens and ``patches`` image patches (None: as many as come)."""
+    """Rows of up to ``seq_len`` tokens, ``patches`` image patches and ``frames`` of sound.
 
-    def __init__(self, seq_len: int, patches: int | None = None, open_rows: int = 16) -> None:
-        for key, value in {"seq_len": seq_len, "patches": patches, "open_rows": open_rows}.items():
+    None: as many as come.
+    """
+
+    def __init__(
+        self, seq_len: int, patches: int | None = None, open_rows: int = 16, frames: int | None = None
+    ) -> None:
+        budgets = {"seq_len": seq_len, "patches": patches, "open_rows": open_rows, "frames": frames}
+        for key, value in budgets.items():
             if value is not None and value < 1:
                 raise RecipeError(f"{key}: {value}; expected 1 or more. Correct it, or leave the key out")
         self.seq_len = seq_len
         self.patches = patches
+        self.frames = frames
         self.open_rows = open_rows
         self.dropped: list[Dropped] = []
         self._open: list[Row] = []  # in order of opening
@@ -98,13 +107,10 @@ class Packer:
         if reason is not None:
             self.dropped.append(Dropped(encoded.sample_id, reason))
             return []
-        tokens, patches = encoded.ids.numel(), encoded.num_patches
         best = None
         for row in self._open:
-            fits = row.tokens + tokens <= self.seq_len and (
-                self.patches is None or row.patches + patches <= self.patches
-            )
-            if fits and (best is None or row.tokens > best.tokens):  # of equals the oldest
+            # Of equals the oldest.
+            if self._fits(row, encoded) and (best is None or row.tokens > best.tokens):
                 best = row
         closed = []
         if best is None:
@@ -134,6 +140,11 @@ class Packer:
                 f"{encoded.num_patches} image patches; a row holds {self.patches} (patches). Raise it, or "
                 f"use fewer pictures"
             )
+        if self.frames is not None and encoded.num_frames > self.frames:
+            return (
+                f"{encoded.num_frames} frames of sound; a row holds {self.frames} (frames). Raise it, or use "
+                f"shorter sounds"
+            )
         return None
 
     def state(self) -> list[list[int]]:
@@ -148,6 +159,13 @@ class Packer:
             for encoded, index in items:
                 row.append(encoded, index)
             self._open.append(row)
+
+    def _fits(self, row: Row, encoded: Encoded) -> bool:
+        return (
+            row.tokens + encoded.ids.numel() <= self.seq_len
+            and (self.patches is None or row.patches + encoded.num_patches <= self.patches)
+            and (self.frames is None or row.frames + encoded.num_frames <= self.frames)
+        )
 
     def _close(self, row: Row) -> Row:
         # By identity: rows compare by content otherwise, and tensors have no single truth.

@@ -1,14 +1,17 @@
-"""What a frozen tower saw, kept between epochs, stages, runs and processes: no picture is encoded twice.
+"""What frozen towers perceived, kept between epochs, stages, runs and processes: nothing is run twice.
 
-Three pieces. :class:`Remember` stands where the encoder reads a picture: if its features are in the cache,
-the picture is neither decoded nor resized. :class:`Complete` stands before collating, in the process that
-trains: it runs the tower on what was not there, and writes it. Both give the features as the cache rounds
-them, so a step computes the same whether its pictures were there or not. :func:`warm` fills the cache ahead.
+Three pieces. :class:`Remember` stands where the encoder reads a picture, :class:`RememberSound` where it
+reads a sound: if the features are in the cache, nothing is decoded or prepared. :class:`Complete` stands
+before collating, in the process that trains: it runs the tower on what was not there, and writes it. Both
+give the features as the cache rounds them, so a step computes the same whether its media were there or not.
+:func:`warm` fills the cache ahead.
 
-A key is all that decides what the tower says: the picture (the bytes of its file, or its pixels), how it is
-prepared, and the tower itself (its class, its config, which layers are read, every weight, in which precision
-it computes) and the type that is kept. Nothing is ever found under a key that another tower or preparation
-wrote. What the connector, the marks and the words make of it is not part of it: features outlive them.
+A key is all that decides what the tower says: the picture or sound (the bytes of its file, its pixels, or
+its samples and the stretch of them), how it is prepared, and the tower itself (its class, its config, which
+layers are read, every weight, in which precision it computes) and the type that is kept. Nothing is ever
+found under a key that another tower or preparation wrote. What the connector, the marks and the words make of
+it is not part of it: features outlive them. A sound that augmentation has changed is another each time, and
+is kept nowhere.
 
 On a CPU each tile goes through the tower alone, so that its features do not depend on its neighbours in the
 batch, bit for bit. On a GPU tiles go in batches, and kernels may round otherwise in another batch; there the
@@ -29,18 +32,21 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tinymodal.chat.encode import kind_of, numbered
 from tinymodal.core.errors import DataError, RecipeError
 from tinymodal.core.log import Progress
-from tinymodal.core.types import Encoded, Image, MediaItem
+from tinymodal.core.types import Encoded, Image, MediaItem, Medium
 from tinymodal.data.bundle import Bad, Bundle, bundle, unbundle
 from tinymodal.data.cache import Entry, FeatureCache
 from tinymodal.data.pack import Row
 from tinymodal.data.sources import Rows, Source
+from tinymodal.model.audio_processing import PreparedSound, Sound, TinyModalAudioProcessor
 from tinymodal.model.image import load_image
 from tinymodal.model.processing_tinymodal import PreparedImage, TinyModalImageProcessor
 from tinymodal.model.tiles import ARITHMETIC
@@ -61,14 +67,19 @@ CHUNK = 32
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
+TOWERS = {"image": "vision", "audio": "audio"}
+"""What the tower of each kind of media is called in recipes."""
+
 
 class Kept(NamedTuple):
-    """The two ends of a cache for one model in one stage."""
+    """The ends of a cache for one model in one stage."""
 
-    prepare: Remember
-    """For ``Encoder.using(prepare=...)``."""
+    prepare: Remember | None
+    """For ``Encoder.using(prepare=...)``; None: the model does not see."""
     complete: Complete
     """For ``Loader(complete=...)``."""
+    prepare_sound: RememberSound | None = None
+    """For ``Encoder.using(prepare_sound=...)``; None: the model does not hear."""
 
 
 def keep(
@@ -77,42 +88,48 @@ def keep(
     cache: FeatureCache,
     precision: str = "float32",
     place: str = "cache",
+    sounds: TinyModalAudioProcessor | None = None,
 ) -> Kept:
-    """Put a cache between the pictures and a model's frozen tower.
+    """Put a cache between media and a model's frozen towers.
 
     Call it when ``requires_grad`` is as the stage wants it, adapters are in, and before anything makes
-    weights narrower or cuts them over processes. Reads every weight of the tower once: 1 s for 430 million.
+    weights narrower or cuts them over processes. Reads every weight of the towers once: 1 s for 430 million.
 
     Args:
-        model: whose tower is frozen.
+        model: whose towers are frozen.
         images: prepares its pictures.
         cache: where features are kept.
         precision: in which the tower computes, ``float32`` or under autocast ``bfloat16`` or ``float16``.
         place: key of the recipe, for errors.
+        sounds: prepares its sounds, if it hears.
 
     Raises:
-        RecipeError: there is no tower, or something in it trains.
+        RecipeError: there is no tower, or something in one trains.
     """
-    towers = model.model.towers
-    if "image" not in towers:
-        raise RecipeError(
-            f"{place}: 'cache' keeps what a vision tower says, and this model has none; take it out"
-        )
-    tower: Any = towers["image"]
-    require_frozen(tower, place)
-    config = model.config
-    name = tower_name(tower, (config.feature_layer, config.keep_class, precision, cache.dtype))
-    return Kept(Remember(cache, images, name), Complete(cache, tower, precision))
+    towers: dict[str, Any] = dict(model.model.towers.items())
+    if not towers:
+        raise RecipeError(f"{place}: 'cache' keeps what towers say, and this model has none; take it out")
+    for kind, tower in towers.items():
+        require_frozen(tower, place, kind)
+    config, see, hear = model.config, None, None
+    if "image" in towers:
+        how: tuple[Any, ...] = (config.feature_layer, config.keep_class, precision, cache.dtype)
+        see = Remember(cache, images, tower_name(towers["image"], how))
+    if "audio" in towers:
+        assert sounds is not None, "a model that hears has a processor of sounds"
+        how = (config.audio_feature_layer, precision, cache.dtype)
+        hear = RememberSound(cache, sounds, tower_name(towers["audio"], how))
+    return Kept(see, Complete(cache, towers, precision), hear)
 
 
-def require_frozen(tower: nn.Module, place: str) -> None:
+def require_frozen(tower: nn.Module, place: str, kind: str = "image") -> None:
     """Raise RecipeError if a weight of the tower, or of an adapter in it, trains."""
     trains = [name for name, parameter in tower.named_parameters() if parameter.requires_grad]
     if trains:
         raise RecipeError(
-            f"{place}: 'cache' keeps what the vision tower says, but {len(trains)} of its tensors train in "
-            f"this stage ({', '.join(trains[:2])}{', ...' if len(trains) > 2 else ''}), and what it said "
-            f"before a step is wrong after it. Freeze the tower, or take 'cache' out"
+            f"{place}: 'cache' keeps what the {TOWERS[kind]} tower says, but {len(trains)} of its tensors "
+            f"train in this stage ({', '.join(trains[:2])}{', ...' if len(trains) > 2 else ''}), and what it "
+            f"said before a step is wrong after it. Freeze the tower, or take 'cache' out"
         )
 
 
@@ -170,7 +187,7 @@ class Remember:
             return self.images.prepare(source, number, **limits)
         entry = self.cache.peek(found.key)
         if entry is not None:
-            layout = self.images.layout(entry.size_px, number, **limits)
+            layout = self.images.layout(entry.size, number, **limits)
             if [tuple(tile.shape[:-1]) for tile in entry.tiles] == list(layout.feature_grids):
                 return PreparedImage.of(entry.tiles, layout, seen=True, key=found.key)
         prepared = self.images.prepare(found.read, number, **limits, name=found.name)
@@ -211,35 +228,103 @@ class Remember:
         return hashlib.sha256(f"{self.tower}\n{said}\n".encode() + content).hexdigest()
 
 
+class RememberSound:
+    """Reads sounds for an encoder, as ``TinyModalAudioProcessor.prepare`` does; knows what the cache holds.
+
+    Can be pickled, as :class:`Remember`.
+    """
+
+    def __init__(self, cache: FeatureCache, sounds: TinyModalAudioProcessor, tower: str) -> None:
+        """Join them; ``tower`` is :func:`tower_name`'s."""
+        self.cache, self.sounds, self.tower = cache, sounds, tower
+
+    def __call__(
+        self,
+        source: Sound,
+        rate_hz: int | None = None,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        change: Any = None,
+        name: str = "",
+    ) -> PreparedSound:
+        """One sound: its features if they are kept, else its windows and the key to keep them under.
+
+        Raises:
+            ValueError: as ``TinyModalAudioProcessor.prepare``.
+        """
+        found = None if change is not None else self.find(source, rate_hz, start_s, end_s)
+        if found is None:
+            return self.sounds.prepare(source, rate_hz, start_s, end_s, change, name)
+        hz = self.sounds.hearing.rate_hz
+        entry = self.cache.peek(found.key)
+        if entry is not None:
+            num_samples = entry.size[0]
+            layout = self.sounds.layout(num_samples)
+            if [tuple(tile.shape[:-1]) for tile in entry.tiles] == list(layout.feature_grids):
+                return PreparedSound.of(entry.tiles, layout, num_samples / hz, seen=True, key=found.key)
+        called = name or found.name
+        prepared = self.sounds.prepare(found.read, rate_hz, start_s, end_s, name=called)
+        return replace(prepared, key=f"{found.key}.{round(prepared.seconds * hz)}x1")
+
+    def find(
+        self,
+        source: Sound,
+        rate_hz: int | None = None,
+        start_s: float | None = None,
+        end_s: float | None = None,
+    ) -> Found | None:
+        """The key of a sound; None where there is no such file to read."""
+        read: Any
+        if isinstance(source, Tensor | np.ndarray):
+            samples = source.detach().cpu().numpy() if isinstance(source, Tensor) else source
+            read, name = source, ""
+            content = hashlib.sha256(f"samples {samples.dtype} {samples.shape}\n".encode())
+            content.update(np.ascontiguousarray(samples).tobytes())
+        elif isinstance(source, bytes):
+            read, content, name = source, hashlib.sha256(source), ""
+        else:
+            try:
+                read = Path(source).read_bytes()
+            except (OSError, TypeError, ValueError):
+                return None
+            content, name = hashlib.sha256(read), str(source)
+        said = json.dumps([self.sounds.hearing.to_dict(), rate_hz, start_s, end_s], sort_keys=True)
+        key = hashlib.sha256(f"{self.tower}\n{said}\n".encode() + content.digest()).hexdigest()
+        return Found(key, read, name)
+
+
 class Found(NamedTuple):
-    """A picture that was read but not decoded."""
+    """A picture or sound that was read but not decoded."""
 
     key: str
-    read: bytes | PIL.Image.Image
+    read: Any
+    """The bytes of a file, a picture, or samples."""
     name: str
 
 
 class Complete:
-    """Runs the frozen tower on pictures that the cache did not hold, and keeps what it says."""
+    """Runs the frozen towers on media that the cache did not hold, and keeps what they say."""
 
-    def __init__(self, cache: FeatureCache, tower: nn.Module, precision: str = "float32") -> None:
-        """``tower`` is run where it lies, in eval mode."""
-        self.cache, self.tower, self.precision = cache, tower, precision
+    def __init__(
+        self, cache: FeatureCache, towers: Mapping[str, nn.Module], precision: str = "float32"
+    ) -> None:
+        """``towers`` by the kind of media; each is run where it lies, in eval mode."""
+        self.cache, self.towers, self.precision = cache, dict(towers), precision
         self.num_hits = 0
-        """Pictures whose features were there, or came twice in a batch."""
+        """Media whose features were there, or came twice in a batch."""
         self.num_new = 0
-        """Pictures that went through the tower."""
+        """Media that went through a tower."""
         self.at_once: int | None = None
         """Tiles that go through the tower together; None: one on a CPU, else ``AT_ONCE``."""
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """The same rows, with features in place of pixels everywhere."""
+        """The same rows, with features in place of pixels and samples everywhere."""
         media = [item for row in rows for sample in row for item in sample.media]
         self.num_hits += sum(item.seen for item in media)
-        pixels = [item for item in media if not item.seen]
-        if not pixels:
+        unseen = [item for item in media if not item.seen]
+        if not unseen:
             return list(rows)
-        done = iter(self.see(pixels))
+        done = iter(self.see(unseen))
         completed = []
         for row in rows:
             new = Row()
@@ -250,17 +335,18 @@ class Complete:
         return completed
 
     def see(self, items: Sequence[MediaItem]) -> list[MediaItem]:
-        """Pictures as pixels -> the same as features. Of one key, the tower sees one.
+        """Media as pixels or samples -> the same as features. Of one key, the tower sees one.
 
         Raises:
-            RecipeError: something in the tower trains, or its weights are cut over processes.
+            RecipeError: something in a tower trains, or its weights are cut over processes.
         """
-        require_frozen(self.tower, "cache")
-        if any(hasattr(parameter, "placements") for parameter in self.tower.parameters()):
-            raise RecipeError(
-                "cache: the vision tower is cut over processes, which would wait for each other's pictures; "
-                "leave a tower with 'cache' whole in every process"
-            )
+        for kind in dict.fromkeys(item.kind for item in items):
+            require_frozen(self.towers[kind], "cache", kind)
+            if any(hasattr(parameter, "placements") for parameter in self.towers[kind].parameters()):
+                raise RecipeError(
+                    f"cache: the {TOWERS[kind]} tower is cut over processes, which would wait for each "
+                    f"other's media; leave a tower with 'cache' whole in every process"
+                )
         names = [item.key or f"{n}" for n, item in enumerate(items)]
         known: dict[str, tuple[Tensor, ...]] = {}
         for name, item in zip(names, items, strict=True):
@@ -271,8 +357,7 @@ class Complete:
         new = {name: item for name, item in zip(names, items, strict=True) if name not in known}
         self.num_new += len(new)
         self.num_hits += len(items) - len(new)
-        tiles = iter(self._run([tile for item in new.values() for tile in item.tiles]))
-        made = [[next(tiles) for _ in item.tiles] for item in new.values()]
+        made = self._made(list(new.values()))
         with ThreadPoolExecutor(WRITERS) as writers:
             known.update(zip(new, writers.map(self._keep, new.values(), made), strict=True))
         return [
@@ -281,42 +366,50 @@ class Complete:
         ]
 
     def _keep(self, item: MediaItem, features: list[Tensor]) -> tuple[Tensor, ...]:
-        key, size_px = _split(item.key)
-        return self.cache.put(key, size_px, features).tiles if key else self.cache.rounded(features)
+        key, size = _split(item.key)
+        return self.cache.put(key, size, features).tiles if key else self.cache.rounded(features)
+
+    def _made(self, items: Sequence[MediaItem]) -> list[list[Tensor]]:
+        """Features of the tiles of each medium."""
+        each: dict[str, Iterator[Tensor]] = {}
+        for kind in dict.fromkeys(item.kind for item in items):
+            tiles = [tile for item in items if item.kind == kind for tile in item.tiles]
+            each[kind] = iter(self._run(self.towers[kind], tiles))
+        return [[next(each[item.kind]) for _ in item.tiles] for item in items]
 
     @torch.no_grad()
-    def _run(self, tiles: Sequence[Tensor]) -> list[Tensor]:
-        """Features [*grid, E] of tiles [3, H, W], in their order, on the CPU."""
+    def _run(self, tower: nn.Module, tiles: Sequence[Tensor]) -> list[Tensor]:
+        """Features [*grid, E] of tiles [3, H, W] or windows [bands, frames], in order, on the CPU."""
         if not tiles:
             return []
-        first = next(self.tower.parameters())
+        first = next(tower.parameters())
         at_once = self.at_once or (1 if first.device.type == "cpu" else AT_ONCE)
         dtype = AUTOCAST.get(self.precision)
         narrow = torch.bfloat16 if self.cache.dtype == "bfloat16" else torch.float32
         done: dict[int, Tensor] = {}
-        was_training = self.tower.training
-        self.tower.eval()
+        was_training = tower.training
+        tower.eval()
         try:
             with torch.autocast(first.device.type, dtype, enabled=dtype is not None):
                 for group in _alike(tiles, at_once):
-                    x_N3HW = torch.stack([tiles[n] for n in group]).to(first.device, first.dtype)
-                    seen = self.tower(x_N3HW)
+                    values_N = torch.stack([tiles[n] for n in group]).to(first.device, first.dtype)
+                    seen = tower(values_N)
                     # Rounded before they travel, as they will be kept.
                     values = seen.values.to(narrow).cpu().unflatten(1, seen.grid)
                     done.update(zip(group, values, strict=True))
         finally:
-            self.tower.train(was_training)
+            tower.train(was_training)
         return [done[n] for n in range(len(tiles))]
 
 
 def _fits(entry: Entry, item: MediaItem) -> bool:
-    """Whether these can be the features of a picture: as many tiles, as many positions."""
+    """Whether these can be the features of a medium: as many tiles, as many positions."""
     positions = sum(prod(tile.shape[:-1]) for tile in entry.tiles)
     return (len(entry.tiles), positions) == (len(item.tiles), item.patches)
 
 
 def _split(key: str) -> tuple[str, tuple[int, int]]:
-    """The key of the file, and the size of a picture that has none yet: ``ab12.480x640``."""
+    """The key of the file, and the size of a medium that has none yet: ``ab12.480x640``."""
     name, _, size = key.partition(".")
     height, _, width = size.partition("x")
     return name, (int(height or 0), int(width or 0))
@@ -337,12 +430,13 @@ class Warmed(NamedTuple):
 
     num_rows: int
     num_pictures: int
+    """Pictures and sounds."""
     num_hits: int
-    """Pictures that were there."""
+    """Of these, those that were there."""
     num_new: int
-    """Pictures that went through the tower."""
+    """Those that went through a tower."""
     num_bytes: int
-    """On disk, of all these pictures."""
+    """On disk, of all of them."""
     bad: tuple[tuple[str, str], ...]
     """Rows that cannot be read: the id, and what is wrong."""
     endless: tuple[str, ...]
@@ -350,7 +444,7 @@ class Warmed(NamedTuple):
 
 
 def warm(sources: Mapping[str, Source], kept: Kept, workers: int = 0, shown: bool = True) -> Warmed:
-    """Fill the cache with every picture of some sources.
+    """Fill the cache with every picture and sound of some sources.
 
     Several processes may do this at once, on one machine or many: each goes through the rows in an order of
     its own, and passes over what is there already. One that is stopped and started again does the same.
@@ -363,13 +457,14 @@ def warm(sources: Mapping[str, Source], kept: Kept, workers: int = 0, shown: boo
 
     Raises:
         DataError: the cache cannot be written.
-        RecipeError: the pictures are more than it may hold.
+        RecipeError: they are more than it may hold.
     """
-    cache, complete = kept.prepare.cache, kept.complete
+    complete = kept.complete
+    cache = complete.cache
     rows = {name: len(source) for name, source in sources.items() if isinstance(source, Sized)}
     endless = tuple(name for name in sources if name not in rows)
     total = sum(rows.values())
-    look = _Look([sources[name] for name in rows], kept.prepare)
+    look = _Look([sources[name] for name in rows], kept.prepare, kept.prepare_sound)
     pictures: set[str] = set()
     bad: list[tuple[str, str]] = []
     hits = new = num_bytes = 0
@@ -402,10 +497,10 @@ def warm(sources: Mapping[str, Source], kept: Kept, workers: int = 0, shown: boo
 
 
 class _Look(Dataset[Any]):
-    """Row -> its pictures: pixels where the cache has nothing. All that workers of :func:`warm` do."""
+    """Row -> its media, raw where the cache has nothing. All that workers of :func:`warm` do."""
 
-    def __init__(self, sources: Sequence[Source], remember: Remember) -> None:
-        self.sources, self.remember = tuple(sources), remember
+    def __init__(self, sources: Sequence[Source], see: Remember | None, hear: RememberSound | None) -> None:
+        self.sources, self.see, self.hear = tuple(sources), see, hear
 
     def __getitem__(self, row: tuple[int, int]) -> Encoded | Bad:
         which, n = row
@@ -416,21 +511,33 @@ class _Look(Dataset[Any]):
         except DataError as error:
             return Bad(sample_id, error)
         media = []
-        for number, part in enumerate(sample.media(), 1):
+        for name, part in numbered(sample):
             try:
                 media.append(self._item(part))
             except (ValueError, OSError) as error:
-                return Bad(sample.id, DataError(f"{sample.id}: picture {number}: {error}"))
+                return Bad(sample.id, DataError(f"{sample.id}: {name}: {error}"))
         nothing = torch.empty(0, dtype=torch.int64)
         return Encoded(nothing, nothing, tuple(media), sample.id)
 
-    def _item(self, part: Image) -> MediaItem:
+    def _item(self, part: Medium) -> MediaItem:
         """With tiles only if the tower must see them."""
-        found = self.remember.find(part.source, part.max_tiles, part.fit_pixels)
-        if found is not None and self.remember.cache.has(found.key):
-            return MediaItem("image", (), (), 0, 0, seen=True, key=found.key)
-        image = self.remember(part.source, 0, part.max_tiles, part.fit_pixels)
-        return MediaItem("image", image.tiles, image.grid, image.tokens, image.patches, key=image.key)
+        kind = kind_of(part)
+        remember = self.see if kind == "image" else self.hear
+        if remember is None:
+            raise ValueError(f"there is no {TOWERS[kind]} tower in this model; add [model.{TOWERS[kind]}]")
+        how: tuple[Any, ...] = (part.source,)
+        if isinstance(part, Image):
+            how += (part.max_tiles, part.fit_pixels)
+        else:
+            how += (part.rate_hz, part.start_s, part.end_s)
+        found = remember.find(*how)
+        if found is not None and remember.cache.has(found.key):
+            return MediaItem(kind, (), (), 0, 0, seen=True, key=found.key)
+        first, *limits = how
+        prepared: Any = remember(first, *((0,) if kind == "image" else ()), *limits)
+        return MediaItem(
+            kind, prepared.tiles, prepared.grid, prepared.tokens, prepared.patches, key=prepared.key
+        )
 
 
 def _parcels(look: _Look, sizes: Sequence[int], workers: int) -> Iterator[Bundle]:

@@ -7,10 +7,11 @@ anew after it, with size and SHA-256 of every shard. A run that was killed, or f
 behind the last whole shard when it is started again. The bytes are the same for any number of workers and of
 interruptions.
 
-Pictures are copied byte by byte; only made ones, which have no bytes, become PNG (TIFF where PNG lacks the
-mode). Each row is kept as ``messages``, read back before it is written, and must be the sample it came from:
-a sample that the format cannot hold is a bad row. Measured on one core: 2,900 rows of text, or 1,500 with a
-picture of 50 KB, a second.
+Pictures and sounds are copied byte by byte; only made ones, which have no bytes, become PNG (TIFF where PNG
+lacks the mode), and flac where 16 bits hold their samples, else wav of single precision. Each row is kept as
+``messages``, read back before it is written, and must be the sample it came from: a sample that the format
+cannot hold is a bad row. Measured on one core: 2,900 rows of text, or 1,500 with a picture of 50 KB, a
+second.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import PIL.Image
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.log import Progress
-from tinymodal.core.types import Image, Message, Part, Sample, Text
+from tinymodal.core.types import Audio, Image, Message, Part, Sample, Speech, Text
 from tinymodal.data.convert import Folders, messages, preference
 from tinymodal.data.sources import Rows, Source
 from tinymodal.data.tar import BLOCK_BYTES, CRC
@@ -385,44 +386,57 @@ def _entry(source: Source, row: int) -> _Entry | _Bad:
 
 
 def pack(sample: Sample, number: int) -> _Entry:
-    """The members that hold ``sample``: its row, and its pictures under the row's number.
+    """The members that hold ``sample``: its row, and its pictures and sounds under the row's number.
 
     Raises:
-        DataError: a picture cannot be read, or the row format cannot hold the sample.
+        DataError: a picture or sound cannot be read, or the row format cannot hold the sample.
     """
     key = f"{number:09}"
-    pictures = [_bytes(image, sample.id) for image in sample.media()]
+    media = [_bytes(part, sample.id) for part in _with_files(sample.messages)]
     files: dict[bytes, str] = {}
-    for raw in pictures:  # one shown twice is kept once
+    for raw in media:  # one shown twice is kept once
         if raw not in files:
-            files[raw] = (
-                f"{key}.{_kind(raw)}" if len(set(pictures)) == 1 else f"{key}.{len(files)}.{_kind(raw)}"
-            )
-    names = [files[raw] for raw in pictures]
+            files[raw] = f"{key}.{_kind(raw)}" if len(set(media)) == 1 else f"{key}.{len(files)}.{_kind(raw)}"
+    names = [files[raw] for raw in media]
     meta = dict(sample.meta)
     row: dict[str, Any] = {"id": meta.pop("id")} if "id" in meta else {}
+    worse: list[bytes] = []
     if sample.rejected is None:
         row["messages"] = _turns(sample.messages, names)
     else:
-        row |= {"chosen": _turns(sample.messages, names), "rejected": _turns(sample.rejected, names)}
+        # Their pictures and sounds are those of the better answer; its own speech is not learned.
+        worse = [_bytes(part, sample.id) for part in _with_files(sample.rejected)]
+        if any(raw not in files for raw in worse):
+            raise DataError(
+                f"{sample.id}: the worse answer has a picture or a sound that the better one lacks; a shard "
+                f"cannot hold it. Correct the converter"
+            )
+        turns = _turns(sample.rejected, [files[raw] for raw in worse])
+        row |= {"chosen": _turns(sample.messages, names), "rejected": turns}
     row |= {"origin": sample.id} | ({"meta": meta} if meta else {})
     try:
         line = json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say
         line = json.dumps(row).encode()
-    _prove(sample, line, pictures, {name: raw for raw, name in files.items()})
+    _prove(sample, line, media, worse, {name: raw for raw, name in files.items()})
     return _Entry([(f"{key}.json", line), *((name, raw) for raw, name in files.items())])
 
 
 def _turns(given: Sequence[Message], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Turns as the row format writes them; ``names`` are those of the pictures they show, in order."""
+    """Turns as the row format writes them; ``names`` are those of their pictures and sounds, in order."""
     shown = iter(names)
 
     def written(part: Part) -> dict[str, Any]:
         if isinstance(part, Text):
             return {"type": "text", "text": part.text}
-        asked = {"max_tiles": part.max_tiles, "fit_pixels": part.fit_pixels, "targets": part.targets}
-        named = {"type": "image", "image": next(shown)}
+        asked: dict[str, Any]
+        if isinstance(part, Image):
+            kind = "image"
+            asked = {"max_tiles": part.max_tiles, "fit_pixels": part.fit_pixels, "targets": part.targets}
+        else:
+            kind = "audio" if isinstance(part, Audio) else "speech"
+            asked = {"start_s": part.start_s, "end_s": part.end_s, "voice": getattr(part, "voice", None)}
+        named = {"type": kind, kind: next(shown)}
         return named | {k: v for k, v in asked.items() if v is not None}
 
     turns = []
@@ -434,7 +448,7 @@ def _turns(given: Sequence[Message], names: Sequence[str]) -> list[dict[str, Any
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """The pictures of one sample by name, as the shard will give them back."""
+    """The pictures and sounds of one sample by name, as the shard will give them back."""
 
     found: Mapping[str, bytes]
 
@@ -445,52 +459,94 @@ class _Files:
         return ", ".join(self.found)
 
 
-def _prove(sample: Sample, line: bytes, pictures: Sequence[bytes], files: Mapping[str, bytes]) -> None:
+def _prove(
+    sample: Sample, line: bytes, media: Sequence[bytes], worse: Sequence[bytes], files: Mapping[str, bytes]
+) -> None:
     """Read the row back: it must be the sample."""
     read = messages if sample.rejected is None else preference
     try:
         back = read(json.loads(line), row_id=sample.id, images=Folders(Path(), None, _Files(files)))
     except DataError as error:
         raise DataError(f"{error} (as it is, a shard cannot hold it)") from error
-    turns = _filled(sample.messages, pictures)
-    rejected = None if sample.rejected is None else _filled(sample.rejected, pictures)
+    turns = _filled(sample.messages, media)
+    rejected = None if sample.rejected is None else _filled(sample.rejected, worse)
     if back != replace(sample, messages=turns, rejected=rejected, meta=dict(sample.meta)):
         raise DataError(
             f"{sample.id}: a shard cannot hold this sample, which would be read back as another; expected "
-            f"turns of words and pictures, none empty, and notes that are words. Correct the converter"
+            f"turns of words, pictures and sounds, none empty, sounds unchanged, and notes that are words. "
+            f"Correct the converter"
         )
 
 
-def _filled(turns: Sequence[Message], pictures: Sequence[bytes]) -> tuple[Message, ...]:
-    """The turns with their pictures as bytes."""
-    raws = iter(pictures)
+def _with_files(turns: Sequence[Message]) -> list[Image | Audio | Speech]:
+    """The parts that have bytes, in reading order."""
+    return [part for message in turns for part in message.parts if not isinstance(part, Text)]
+
+
+def _filled(turns: Sequence[Message], media: Sequence[bytes]) -> tuple[Message, ...]:
+    """The turns with their pictures and sounds as bytes, which say their own rate."""
+    raws = iter(media)
 
     def filled(part: Part) -> Part:
-        return replace(part, source=next(raws)) if isinstance(part, Image) else part
+        if isinstance(part, Text):
+            return part
+        if isinstance(part, Image):
+            return replace(part, source=next(raws))
+        return replace(part, source=next(raws), rate_hz=None)
 
     return tuple(replace(message, parts=tuple(map(filled, message.parts))) for message in turns)
 
 
-def _bytes(image: Image, sample_id: str) -> bytes:
-    if isinstance(image.source, bytes):
-        return image.source
-    if isinstance(image.source, PIL.Image.Image):
+def _bytes(part: Image | Audio | Speech, sample_id: str) -> bytes:
+    if isinstance(part.source, bytes):
+        return part.source
+    if isinstance(part.source, PIL.Image.Image):
         file = io.BytesIO()
-        image.source.save(file, "PNG" if image.source.mode in _PNG_MODES else "TIFF")
+        part.source.save(file, "PNG" if part.source.mode in _PNG_MODES else "TIFF")
         return file.getvalue()
+    kind = "picture" if isinstance(part, Image) else "sound"
+    if kind == "sound" and not isinstance(part.source, str | Path):
+        return _in_file(part, sample_id)  # type: ignore[arg-type]
     try:
-        return Path(image.source).read_bytes()
+        return Path(part.source).read_bytes()  # type: ignore[arg-type]
     except OSError as error:
         raise DataError(
-            f"{sample_id}: picture {image.source} cannot be read ({error.strerror or error}); restore it"
+            f"{sample_id}: {kind} {part.source} cannot be read ({error.strerror or error}); restore it"
         ) from error
 
 
+def _in_file(part: Audio | Speech, sample_id: str) -> bytes:
+    """Samples in memory as a file that gives exactly them back."""
+    import soundfile
+    import torch
+
+    if not isinstance(part.source, torch.Tensor) or part.rate_hz is None:
+        raise DataError(f"{sample_id}: a sound of samples without a rate; give it rate_hz")
+    samples = part.source.detach().float().numpy().T
+    steps = samples * 32_768.0
+    fits = bool((steps == steps.round()).all()) and float(abs(steps + 0.5).max(initial=0.0)) <= 32_767.5
+    file = io.BytesIO()
+    kind, depth = ("FLAC", "PCM_16") if fits else ("WAV", "FLOAT")
+    try:
+        soundfile.write(file, samples, part.rate_hz, format=kind, subtype=depth)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise DataError(f"{sample_id}: its sound cannot be written ({error}); mend the samples") from error
+    return file.getvalue()
+
+
 def _kind(raw: bytes) -> str:
-    """The usual ending of a picture's file, by its first bytes."""
-    if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
-        return "webp"
+    """The usual ending of a picture's or sound's file, by its first bytes."""
+    if raw[:4] in (b"RIFF", b"FORM", b"RF64"):
+        return {b"WEBP": "webp", b"WAVE": "wav", b"AIFF": "aiff", b"AIFC": "aiff"}.get(raw[8:12], "bin")
+    if raw[4:8] == b"ftyp" and raw[8:11] == b"M4A":
+        return "m4a"
     heads = {
+        b"fLaC": "flac",
+        b"OggS": "ogg",
+        b"ID3": "mp3",
+        b"\xff\xfb": "mp3",
+        b"\xff\xf3": "mp3",
+        b"\xff\xf2": "mp3",
         b"\xff\xd8\xff": "jpg",
         b"\x89PNG": "png",
         b"GIF8": "gif",

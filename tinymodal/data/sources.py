@@ -77,10 +77,16 @@ class Rows:
     """Whether rows far apart cannot be read one after the other: the mixture then goes through ``blocks`` in
     order, and shuffles inside ``WINDOW`` of them."""
 
-    def __init__(self, files: Sequence[Rowed], convert: Convert, images: Path | None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Rowed],
+        convert: Convert,
+        images: Path | None,
+        sounds: Path | None = None,
+    ) -> None:
         self.files = tuple(files)
         self.convert = convert
-        self.images = images
+        self.images, self.sounds = images, sounds
         self.decoded = _Decoded()
         for file in self.files:
             if isinstance(file, _ParquetRows):
@@ -109,7 +115,7 @@ class Rows:
     def sample(self, index: int) -> Sample:
         """Row ``index`` converted. What a converter of yours raises becomes a ``DataError`` of that row."""
         file, n = self._place(index)
-        folders = Folders(file.path.parent, self.images, file.members(n))
+        folders = Folders(file.path.parent, self.images, file.members(n), self.sounds)
         return converted(self.convert, self.row(index), self.row_id(index), folders)
 
     def _place(self, index: int) -> tuple[Rowed, int]:
@@ -149,7 +155,10 @@ def converted(convert: Convert, row: dict[str, Any], row_id: str, folders: Folde
 
 
 def open_source(
-    path: str | Path | Sequence[str | Path], format: str, images: str | Path | None = None
+    path: str | Path | Sequence[str | Path],
+    format: str,
+    images: str | Path | None = None,
+    sounds: str | Path | None = None,
 ) -> Rows:
     """Open the data files that ``path`` names.
 
@@ -158,12 +167,13 @@ def open_source(
             ``chats/*.jsonl``; or several of these, which are read one behind the other.
         format: a name in ``CONVERTERS``, or ``"my_rows.py:convert"``.
         images: folder of the pictures, where paths in the rows are not relative to the data file.
+        sounds: folder of the sounds, likewise.
 
     Raises:
         DataError: no such file, an unknown kind of file, a broken list, or no row at all.
     """
     convert = find(format, CONVERTERS, "row format")
-    folder = picture_folder(images, str(path))
+    folders = picture_folder(images, str(path)), sound_folder(sounds, str(path))
     paths = [path] if isinstance(path, str | Path) else list(path)
     named = [file for one in paths for file in _files(one)]
     if len(set(named)) < len(named):
@@ -178,16 +188,23 @@ def open_source(
         raise DataError(f"{told}: no rows; expected at least one. Remove the source, or fill the file")
     if all(isinstance(file, TarRows) and file.is_lost for file in files):
         files[0].row(0)
-    return Rows(files, convert, folder)
+    return Rows(files, convert, *folders)
 
 
 def picture_folder(images: str | Path | None, source: str) -> Path | None:
     """The ``images`` folder of a source, which must exist."""
-    folder = Path(images).expanduser() if images is not None else None
+    return _folder(images, f"pictures (key images of the source {source})")
+
+
+def sound_folder(sounds: str | Path | None, source: str) -> Path | None:
+    """The ``sounds`` folder of a source, which must exist."""
+    return _folder(sounds, f"sounds (key sounds of the source {source})")
+
+
+def _folder(given: str | Path | None, what: str) -> Path | None:
+    folder = Path(given).expanduser() if given is not None else None
     if folder is not None and not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder of pictures (key images of the source {source}); correct the path"
-        )
+        raise DataError(f"{folder}: no such folder of {what}; correct the path")
     return folder
 
 

@@ -4,10 +4,11 @@ Members that share their name up to the first dot are one sample; they stand sid
 
     000017.json   the row, in any row format; or 000017.txt, which becomes the row's "text"
     000017.jpg    a picture: jpg, png, webp, gif, bmp or tiff
+    000017.flac   a sound: wav, flac, mp3, ogg, opus, m4a or aiff
 
-A row names its pictures by file name (``"000017.jpg"``) or by extension (``"jpg"``). One that names none
-gets all of its sample's, in order: as ``image``, or as ``images`` where its turns have bare image parts.
-Other members are left alone.
+A row names its pictures and sounds by file name (``"000017.jpg"``) or by extension (``"jpg"``). One that
+names no picture gets all of its sample's, in order: as ``image``, or as ``images`` where its turns have bare
+image parts; one that names no sound likewise, as ``audio`` or ``audios``. Other members are left alone.
 
 A header carries a checksum of itself, so damage there is found when the file is opened. The sample that was
 being read and the one behind the damage may lack members: they are bad rows, which say byte and key. A
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,7 @@ CRC = "crc32="
 """What stands in a header's owner name before the checksum of the member's bytes, in 8 hexadecimal digits."""
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+SOUNDS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aif", "aiff")
 
 _ZEROS = bytes(BLOCK_BYTES)
 _RESYNC_BYTES = 1 << 20
@@ -91,7 +93,7 @@ class TarRows:
                     f"{members.row_id}: its txt member at byte {members.at('txt')} is not UTF-8 at its byte "
                     f"{error.start}; expected UTF-8 text. Write the shard again"
                 ) from error
-        return with_pictures(row, members.pictures())
+        return with_media(row, members.ending(PICTURES), members.ending(SOUNDS))
 
     def members(self, n: int) -> Members:
         if self._last is None or self._last[0] != n:  # asked for its row, its name and its pictures
@@ -146,8 +148,8 @@ class Members:
     def names(self) -> str:
         return ", ".join(self.found)
 
-    def pictures(self) -> list[str]:
-        return [name for name in self.found if name.lower().endswith(tuple(f".{p}" for p in PICTURES))]
+    def ending(self, extensions: Sequence[str]) -> list[str]:
+        return [name for name in self.found if name.lower().endswith(tuple(f".{e}" for e in extensions))]
 
     def bytes_of(self, extension: str) -> bytes | None:
         name = self._called(extension)
@@ -177,16 +179,20 @@ class Members:
         return raw
 
 
-def with_pictures(row: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:
-    """The row, given its sample's ``pictures`` if it speaks of none itself."""
-    if not pictures or row.get("image") is not None or row.get("images") is not None:
+def with_media(row: dict[str, Any], pictures: list[Any], sounds: list[Any]) -> dict[str, Any]:
+    """The row, given its sample's ``pictures`` and ``sounds`` if it speaks of none itself."""
+    return _with(_with(row, "image", pictures), "audio", sounds)
+
+
+def _with(row: dict[str, Any], key: str, media: list[Any]) -> dict[str, Any]:
+    if not media or row.get(key) is not None or row.get(f"{key}s") is not None:
         return row
-    asked = next((row[key] for key in ("prompt", "messages", "question", "chosen") if row.get(key)), "")
+    asked = next((row[name] for name in ("prompt", "messages", "question", "chosen") if row.get(name)), "")
     if isinstance(asked, str):
-        return row | {"image": pictures if len(pictures) > 1 else pictures[0]}
+        return row | {key: media if len(media) > 1 else media[0]}
     parts = [part for turn in _dicts(asked) for part in _dicts(turn.get("content"))]
-    bare = any(part.get("type") == "image" and len(part) == 1 for part in parts)
-    return row | {"images": pictures} if bare else row
+    bare = any(part.get("type") == key and len(part) == 1 for part in parts)
+    return row | {f"{key}s": media} if bare else row
 
 
 def _dicts(value: object) -> list[Mapping[str, Any]]:

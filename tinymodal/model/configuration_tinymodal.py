@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .audio_towers import audio_tower_config
 from .connectors import find_connector
 from .encoders import tower_config
 from .geometry import MERGES, mark_rows
@@ -17,26 +18,38 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_tinymodal.TinyModalForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_tinymodal.TinyModalForConditionalGeneration",
     "AutoImageProcessor": "processing_tinymodal.TinyModalImageProcessor",
+    "AutoFeatureExtractor": "audio_processing.TinyModalAudioProcessor",
     "AutoProcessor": "processing_tinymodal.TinyModalProcessor",
 }
 """Where transformers finds the classes of a saved folder; written into its ``config.json``."""
 
 
+CONNECTORS = {"image": "mlp", "audio": "stack_frames"}
+"""The connector of each kind of media where none is named."""
+
+
 class TinyModalConfig(PreTrainedConfig):
-    """A language model, a tower if it sees, and the connector between them.
+    """A language model, a tower and a connector for each kind of media, and a speech head if it speaks.
 
     Args:
         text_config: the language model's own config, or its values with ``model_type``.
         vision_config: the tower's own config, with all its blocks also behind the feature layer; or None: no
             pictures.
-        connectors: ``{"image": {"name": "mlp", "options": {"depth": 2}, "marks": [], "merge": "flat"}}``;
-            kept with every option spelt out. ``marks`` are the learned embeddings around and between tokens,
-            ``merge`` how tiles are put together again (``geometry.arrange``).
+        connectors: ``{"image": {"name": "mlp", "options": {"depth": 2}, "marks": [], "merge": "flat"},
+            "audio": {"name": "stack_frames", "options": {}}}``; kept with every option spelt out. ``marks``
+            are the learned embeddings around and between tokens of a picture, ``merge`` how its tiles are put
+            together again (``geometry.arrange``).
         feature_layer: which hidden state of the tower is used, counted as in LLaVA; a list: their features
             side by side.
         keep_class: keep the class token (and registers) of a tower that has one, before the patches.
         image_token_id: token that holds the place of one image embedding.
         chat_template: name of the template it was trained with; ``tokenizer`` for the tokenizer's own.
+        audio_config: as ``vision_config``, of the tower that hears; None: no sounds.
+        audio_feature_layer: which of its hidden states is used, the same way; ``weighted``: a learned mean of
+            all.
+        audio_token_id: token that holds the place of one embedding of a sound.
+        speech: what ``talker.build_speech_head`` takes, and under ``codec`` what makes its frames a sound;
+            None: it does not speak.
         **kwargs: what every transformers config takes; ``tie_word_embeddings`` is as the language model's.
 
     Raises:
@@ -46,7 +59,11 @@ class TinyModalConfig(PreTrainedConfig):
     model_type = "tinymodal"
     _auto_class = "AutoConfig"
     # Attention choice and data type travel to these.
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+        "audio_config": AutoConfig,
+    }
 
     def __init__(
         self,
@@ -57,36 +74,65 @@ class TinyModalConfig(PreTrainedConfig):
         keep_class: bool = False,
         image_token_id: int | None = None,
         chat_template: str = "chatml",
+        audio_config: PreTrainedConfig | dict[str, Any] | None = None,
+        audio_feature_layer: int | list[int] | str = -1,
+        audio_token_id: int | None = None,
+        speech: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = language_config(text_config)
         self.vision_config: Any = None if vision_config is None else tower_config(vision_config)
-        self.connectors = settled_connectors(connectors, sees=vision_config is not None)
+        self.audio_config: Any = None if audio_config is None else audio_tower_config(audio_config)
+        self.connectors = settled_connectors(connectors, vision_config is not None, audio_config is not None)
         self.feature_layer = feature_layer if isinstance(feature_layer, int) else list(feature_layer)
         self.keep_class = keep_class
+        self.audio_feature_layer: Any = audio_feature_layer
+        if not isinstance(audio_feature_layer, int | str):
+            self.audio_feature_layer = list(audio_feature_layer)
         self.image_token_id: Any = image_token_id
+        self.audio_token_id: Any = audio_token_id
+        self.speech = None if speech is None else dict(speech)
         self.chat_template = chat_template
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
+    def place_of(self, kind: str) -> Any:
+        """The token that holds the place of one embedding of a picture (``image``) or a sound (``audio``)."""
+        return {"image": self.image_token_id, "audio": self.audio_token_id}[kind]
 
-def settled_connectors(given: dict[str, Any] | None, sees: bool) -> dict[str, Any]:
-    """The connectors by medium, each with all its options; an mlp where none is named."""
-    if not sees:
-        if given:
-            raise ValueError(
-                f"connectors {sorted(given)} but no tower; give vision_config or leave connectors out"
-            )
-        return {}
-    given = given or {"image": {"name": "mlp"}}
-    if set(given) != {"image"}:
-        raise ValueError(f"connectors are named by medium, here 'image'; got {sorted(given)}")
-    said = {"name": "mlp", "options": {}, "marks": [], "merge": "flat", **given["image"]}
-    if unknown := sorted(set(said) - {"name", "options", "marks", "merge"}):
-        raise ValueError(f"a connector has name, options, marks and merge; got {unknown} besides")
+
+def settled_connectors(
+    given: dict[str, Any] | None, sees: bool, hears: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The connectors by medium, each with all its options; where none is named, that of :data:`CONNECTORS`.
+
+    Raises:
+        ValueError: a connector without a tower, that nobody knows, or with an option it does not have.
+    """
+    given = given or {}
+    kinds = [kind for kind, has in (("image", sees), ("audio", hears)) if has]
+    if given and not kinds:
+        raise ValueError(
+            f"connectors {sorted(given)} but no tower; give vision_config (for 'image'), audio_config (for "
+            f"'audio'), or leave connectors out"
+        )
+    if set(given) - set(kinds):
+        raise ValueError(
+            f"connectors are named by medium, here {' and '.join(map(repr, kinds))}; got {sorted(given)}"
+        )
+    return {kind: _settled(kind, given.get(kind, {})) for kind in kinds}
+
+
+def _settled(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    laid: dict[str, Any] = {"marks": [], "merge": "flat"} if kind == "image" else {}
+    said = {"name": CONNECTORS[kind], "options": {}, **laid, **given}
+    if unknown := sorted(set(said) - {"name", "options", *laid}):
+        known = ", ".join(["name", "options", *laid])
+        raise ValueError(f"a connector of kind {kind!r} has {known}; got {unknown} besides")
     said["options"] = find_connector(said["name"]).settle(said["options"])
-    said["marks"] = list(said["marks"])
-    mark_rows(said["marks"])
-    if said["merge"] not in MERGES:
-        raise ValueError(f"unknown merge {said['merge']!r}; known: {', '.join(MERGES)}")
-    return {"image": said}
+    if laid:
+        said["marks"] = list(said["marks"])
+        mark_rows(said["marks"])
+        if said["merge"] not in MERGES:
+            raise ValueError(f"unknown merge {said['merge']!r}; known: {', '.join(MERGES)}")
+    return said

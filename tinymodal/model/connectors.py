@@ -1,7 +1,8 @@
 """From a tower's features to embeddings in the language model's space, one by one or by blocks of the grid.
 
 ``shrink`` says how many tokens a grid becomes, in integers alone: the processor counts with it and
-``forward`` obeys it. Those that ask with learned queries are in ``resamplers.py``.
+``forward`` obeys it. Those that ask with learned queries are in ``resamplers.py``, those that join the
+positions of a sound in ``audio_connectors.py``.
 """
 
 # Shapes: N items, h w feature grid, S = h*w positions, T = tokens, E tower width, D language width, r ratio.
@@ -18,17 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .audio_connectors import ConvFrames, PoolFrames, StackFrames, WindowQFormer
 from .geometry import fold
-from .joint import Connector, Option, rows_and_columns
+from .joint import ACTIVATIONS, Connector, Option, rows_and_columns, stack
 from .media import Features
 from .resamplers import Perceiver, QFormer, SinCos
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-}
 
 
 class Identity(Connector):
@@ -313,18 +308,6 @@ def to_sequence(x_NEhw: Tensor) -> Tensor:
     return x_NEhw.flatten(2).transpose(1, 2)
 
 
-def stack(in_width: int, out_width: int, depth: int, activation: str) -> nn.Sequential:
-    """``depth`` linear layers, ``out_width`` wide, with ``activation`` between them."""
-    if depth < 1:
-        raise ValueError(f"depth must be 1 or more linear layers, got {depth}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    layers: list[nn.Module] = [nn.Linear(in_width, out_width)]
-    for _ in range(depth - 1):
-        layers += [ACTIVATIONS[activation](), nn.Linear(out_width, out_width)]
-    return nn.Sequential(*layers)
-
-
 def find_connector(name: str) -> type[Connector]:
     """The connector of that name; ``mlp2x_gelu`` and its like are ``mlp`` with that depth.
 
@@ -374,6 +357,10 @@ CONNECTORS: dict[str, type[Connector]] = {
         SinCos,
         QFormer,
         Interleave,
+        StackFrames,
+        ConvFrames,
+        PoolFrames,
+        WindowQFormer,
     )
 }
 

@@ -1,4 +1,4 @@
-"""Vision towers by the ``model_type`` in their ``config.json``, each behind the shape of ``MediaEncoder``.
+"""Vision towers by the ``model_type`` in their ``config.json``, each behind the shape of ``PictureTower``.
 
 An adapter absorbs its family's quirks: whether there is a class token to drop (CLIP and DINOv2 have one,
 SigLIP has none), whether pictures come as pixels or as patches (SigLIP 2), which norms and heads come after
@@ -19,8 +19,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .hf_tower import HALF, IMAGENET, OPENAI_CLIP, AnyTower, HFTower, model_class
 from .image import Preparation
-from .media import MediaEncoder
 from .pair import PairConfig, PairTower
+from .picture_tower import PictureTower
 from .timm_tower import TimmConfig, TimmTower, from_hub, is_timm, settled
 from .tower import OWN_CONFIGS, ConvTower, WrittenTower
 
@@ -115,7 +115,7 @@ class DINOv3(DINOv2):
         return Preparation(edge, edge, *IMAGENET, resample="bilinear")
 
 
-def encoder_of(config: PreTrainedConfig) -> type[MediaEncoder]:
+def encoder_of(config: PreTrainedConfig) -> type[PictureTower]:
     """The adapter for a tower's config.
 
     Raises:
@@ -178,7 +178,7 @@ OF_OURS: dict[str, type[PreTrainedConfig]] = {
 }
 """Configs that transformers' ``AutoConfig`` does not know."""
 
-ENCODERS: dict[str, type[MediaEncoder]] = {
+ENCODERS: dict[str, type[PictureTower]] = {
     "clip_vision_model": CLIP,
     "siglip_vision_model": SigLIP,
     "siglip2_vision_model": SigLIP2,

@@ -1,4 +1,4 @@
-"""How many: pixels to tiles to patches to tokens. No tensor, and the only place that counts.
+"""How many: pixels to tiles to patches to tokens, samples to windows. No tensor; the only place that counts.
 
 The processor (no weights) and the model call the same functions, so a count cannot differ between the two.
 :func:`plan` (``strategies.py``) says which tiles a picture becomes, :func:`patch_grid` and :func:`fold` what
@@ -26,6 +26,8 @@ __all__ = [
     "num_tokens",
     "patch_grid",
     "plan",
+    "sound_windows",
+    "stack",
     "unpadding",
 ]
 
@@ -76,6 +78,41 @@ def fold(grid: tuple[int, ...], ratio: int) -> tuple[int, int]:
             f"ratio {ratio} needs a grid divisible by {ratio}, got {rows} x {columns} patches; {advice}"
         )
     return rows // ratio, columns // ratio
+
+
+def sound_windows(num_samples: int, window: int, step: int) -> list[int]:
+    """Samples of each window that a sound is cut into.
+
+    Args:
+        num_samples: of the sound, 1 or more.
+        window: most samples of one.
+        step: the last window is filled with silence to a multiple of so many samples, so that many sounds
+            have one length; never beyond ``window``.
+
+    Returns:
+        Windows in order: all but the last have ``window`` samples. 70 s in windows of 30 s and steps of 0.5 s
+        are 30, 30 and 10 s; 1.2 s are 1.5 s.
+
+    Raises:
+        ValueError: if there is no sample, or a step is longer than a window.
+    """
+    if num_samples < 1:
+        raise ValueError(f"a sound has at least 1 sample, got {num_samples}")
+    if not 1 <= step <= window:
+        raise ValueError(f"a step has 1 sample to the window's {window}, got {step}")
+    rest = (num_samples - 1) % window + 1
+    return [window] * ((num_samples - rest) // window) + [min(-(-rest // step) * step, window)]
+
+
+def stack(length: int, factor: int) -> int:
+    """Groups of ``factor`` positions that follow one another; the last one may be smaller.
+
+    Raises:
+        ValueError: if either is below 1.
+    """
+    if length < 1 or factor < 1:
+        raise ValueError(f"groups need 1 position or more and a factor of 1 or more, got {length}, {factor}")
+    return -(-length // factor)
 
 
 def num_tokens(grid: tuple[int, ...]) -> int:

@@ -25,7 +25,8 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .geometry import num_tokens, patch_grid
 from .image import Preparation
-from .media import Features, MediaEncoder, edge_px, hidden_states
+from .media import Features, hidden_states
+from .picture_tower import PictureTower, edge_px
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of pixels in [0, 1], per channel."""
@@ -38,7 +39,7 @@ MOST_LEADING = 16
 """Class tokens and registers that are still believed to be such; the models known have up to 10."""
 
 
-class HFTower(MediaEncoder):
+class HFTower(PictureTower):
     """A backbone of transformers, cut after the last block that the chosen layers need."""
 
     normalisation: ClassVar[Normalisation] = IMAGENET
@@ -172,7 +173,7 @@ class AnyTower(HFTower):
             cut._attn_implementation = attn
         backbone = without_last_norm(new_backbone(cut))
         # What is unused outside of the blocks one block shows as well.
-        remove_parts(backbone, _unused(_kind(_cut(config, sight, 1)), max(layers)))
+        remove_parts(backbone, _unused(config_key(_cut(config, sight, 1)), max(layers)))
         shape = sight.shapes[-1]
         width = shape[-1] if len(shape) == 3 or sight.channels_last else shape[1]
         tower = cls(cut, backbone, layers, width * len(layers), keep_class)
@@ -185,7 +186,7 @@ class AnyTower(HFTower):
 
     @classmethod
     def patches(cls, config: PreTrainedConfig, size_px: tuple[int, int]) -> tuple[int, int]:
-        return _grid(_kind(config), tuple(size_px))
+        return _grid(config_key(config), tuple(size_px))
 
     @classmethod
     def patch_px(cls, config: PreTrainedConfig) -> int:
@@ -236,7 +237,7 @@ def default_size(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class ConfigKey:
     """A config as a key: equal where its values are."""
 
     family: type[PreTrainedConfig]
@@ -244,8 +245,8 @@ class _Kind:
     config: PreTrainedConfig = field(compare=False)
 
 
-def _kind(config: PreTrainedConfig) -> _Kind:
-    return _Kind(type(config), config.to_json_string(use_diff=False), config)
+def config_key(config: PreTrainedConfig) -> ConfigKey:
+    return ConfigKey(type(config), config.to_json_string(use_diff=False), config)
 
 
 def look(config: PreTrainedConfig, size_px: tuple[int, int]) -> Sight:
@@ -254,18 +255,18 @@ def look(config: PreTrainedConfig, size_px: tuple[int, int]) -> Sight:
     Raises:
         ValueError: if the model cannot read such a picture, or gives nothing that has a place in it.
     """
-    return _look(_kind(config), tuple(size_px))
+    return _look(config_key(config), tuple(size_px))
 
 
 @functools.lru_cache(maxsize=4096)
-def _grid(kind: _Kind, size_px: tuple[int, int]) -> tuple[int, int]:
+def _grid(kind: ConfigKey, size_px: tuple[int, int]) -> tuple[int, int]:
     sight = look(kind.config, default_size(kind.config))
     # Where all blocks are alike, one of them shows the grid: a fraction of the time.
     return look(_cut(kind.config, sight, 1), size_px).grid
 
 
 @functools.lru_cache(maxsize=4096)
-def _look(kind: _Kind, size_px: tuple[int, int]) -> Sight:
+def _look(kind: ConfigKey, size_px: tuple[int, int]) -> Sight:
     config, (height, width) = kind.config, size_px
     name = config.model_type
     try:
@@ -310,13 +311,13 @@ def _look(kind: _Kind, size_px: tuple[int, int]) -> Sight:
 
 
 @functools.lru_cache(maxsize=16)
-def _empty(kind: _Kind) -> Any:
+def _empty(kind: ConfigKey) -> Any:
     with torch.device("meta"):
         return new_backbone(copy.deepcopy(kind.config)).eval()
 
 
 @functools.lru_cache(maxsize=64)
-def _unused(kind: _Kind, layer: int) -> frozenset[str]:
+def _unused(kind: ConfigKey, layer: int) -> frozenset[str]:
     """Parameters that the hidden state ``layer``, or the last if there are fewer, does not depend on."""
 
     def last(trial: nn.Module) -> Tensor:

@@ -1,7 +1,8 @@
 """The one shape every connector has: a tower's features in, embeddings for the language model out.
 
-The connectors themselves are in ``connectors.py`` (token by token, and by blocks of the grid) and
-``resamplers.py`` (learned queries); the table of all of them is in ``connectors.py``.
+The connectors themselves are in ``connectors.py`` (token by token, and by blocks of the grid),
+``resamplers.py`` (learned queries) and ``audio_connectors.py`` (positions of a sound); the table of all is in
+``connectors.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from torch import Tensor, nn
 from .media import Features
 
 Option = int | float | str | bool
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
 
 
 class Connector(nn.Module, ABC):
@@ -111,3 +119,29 @@ def rows_and_columns(grid: tuple[int, ...], name: str) -> tuple[int, int]:
             f"or drop_first out, or use a connector that needs no rows: 'mlp', 'perceiver'"
         )
     return grid[0], grid[1]
+
+
+def frames_in_line(grid: tuple[int, ...], name: str) -> int:
+    """Positions of a sound, for a connector that joins those that follow one another.
+
+    Raises:
+        ValueError: if the features have rows and columns: they are a picture's.
+    """
+    if len(grid) != 1:
+        raise ValueError(
+            f"connector {name!r} is for sounds, whose features follow one another in time, got a grid of "
+            f"{grid}; for pictures take 'pixel_shuffle', 'avg_pool', 'mlp'"
+        )
+    return grid[0]
+
+
+def stack(in_width: int, out_width: int, depth: int, activation: str) -> nn.Sequential:
+    """``depth`` linear layers, ``out_width`` wide, with ``activation`` between them."""
+    if depth < 1:
+        raise ValueError(f"depth must be 1 or more linear layers, got {depth}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    layers: list[nn.Module] = [nn.Linear(in_width, out_width)]
+    for _ in range(depth - 1):
+        layers += [ACTIVATIONS[activation](), nn.Linear(out_width, out_width)]
+    return nn.Sequential(*layers)

@@ -1,39 +1,39 @@
 """Where the embeddings of a batch's tiles lie, and which of them each placeholder takes.
 
 Tiles of one size go through the tower together, so their embeddings lie end to end size by size, in the
-order in which sizes first come; behind them lie the learned marks. Training and generation both find their
-way with :func:`lay_out`.
+order in which sizes first come; behind them lie the learned marks. A sound's tiles are its windows, and their
+size is their length. Training and generation both find their way with :func:`lay_out`, kind by kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Picture(NamedTuple):
-    """One prepared picture."""
+class Tiled(NamedTuple):
+    """One prepared picture or sound."""
 
     tiles: Sequence[Tensor]
-    """float32 [3, H, W] each"""
+    """float32 [3, H, W] each; of a sound [bands, frames] or [1, samples]"""
     tile_tokens: Sequence[int]
     """Embeddings of each tile."""
     order: Tensor | None
     """int64 [tokens] of ``geometry.arrange``; None: the tiles' embeddings one after the other."""
 
 
-def lay_out(pictures: Sequence[Picture]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Stack the tiles of some pictures, and find the embedding of every placeholder.
+def lay_out(media: Sequence[Tiled]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Stack the tiles of some media of one kind, and find the embedding of every placeholder.
 
     Args:
-        pictures: at least one, in reading order.
+        media: at least one, in reading order.
 
     Returns:
-        float32 [I, 3, H, W] for each size of tile; and int64 [K], the places in the embeddings of these
-        tensors laid end to end, with the marks after them.
+        float32 [I, *size] for each size of tile, e.g. [I, 3, H, W]; and int64 [K], the places in the
+        embeddings of these tensors laid end to end, with the marks after them.
 
     Raises:
         ValueError: tiles of one size that take different numbers of tokens: they are not of one processor.
@@ -41,9 +41,9 @@ def lay_out(pictures: Sequence[Picture]) -> tuple[tuple[Tensor, ...], Tensor]:
     sizes: dict[torch.Size, list[Tensor]] = {}
     each: dict[torch.Size, int] = {}
     found: list[list[tuple[torch.Size, int]]] = []
-    for picture in pictures:
+    for medium in media:
         places = []
-        for tile, tokens in zip(picture.tiles, picture.tile_tokens, strict=True):
+        for tile, tokens in zip(medium.tiles, medium.tile_tokens, strict=True):
             if each.setdefault(tile.shape, tokens) != tokens:
                 raise ValueError(
                     f"a tile of {list(tile.shape)} takes {tokens} tokens here and {each[tile.shape]} before; "
@@ -58,9 +58,41 @@ def lay_out(pictures: Sequence[Picture]) -> tuple[tuple[Tensor, ...], Tensor]:
         starts[shape] = total
         total += len(tiles) * each[shape]
     take = []
-    for picture, places in zip(pictures, found, strict=True):
+    for medium, places in zip(media, found, strict=True):
         own = torch.cat([torch.arange(each[s]) + starts[s] + n * each[s] for s, n in places])
-        if picture.order is not None:
-            own = torch.where(picture.order < 0, total - 1 - picture.order, own[picture.order.clamp(min=0)])
+        if medium.order is not None:
+            own = torch.where(medium.order < 0, total - 1 - medium.order, own[medium.order.clamp(min=0)])
         take.append(own)
     return tuple(torch.stack(tiles) for tiles in sizes.values()), torch.cat(take)
+
+
+VALUES = {"image": "pixel_values", "audio": "audio_values"}
+"""What the model's forward calls the tiles of each kind."""
+
+
+def as_inputs(media: Sequence[Any], kind: str) -> dict[str, Any]:
+    """What the model's forward takes for some prepared media of one kind in reading order.
+
+    Args:
+        media: at least one, with ``tiles``, ``tile_tokens`` and ``order``.
+        kind: ``image`` or ``audio``.
+
+    Returns:
+        ``pixel_values`` (or ``audio_values``) float32 [I, *size], or a list of one such tensor for each size
+        of tile; and, unless every medium is one tile of one size without marks, ``image_take`` (or
+        ``audio_take``) int64 [K].
+    """
+    orders = [None if medium.order is None else torch.tensor(medium.order) for medium in media]
+    stacked, take = lay_out(
+        [Tiled(m.tiles, m.tile_tokens, order) for m, order in zip(media, orders, strict=True)]
+    )
+    if len(stacked) == 1 and not any(order is not None for order in orders):
+        return {VALUES[kind]: stacked[0]}
+    return {VALUES[kind]: stacked[0] if len(stacked) == 1 else list(stacked), f"{kind}_take": take}
+
+
+def as_list(media: Any) -> list[Any]:
+    """One picture or sound, several, or several lists of them -> one list in reading order."""
+    if not isinstance(media, (list, tuple)):
+        return [media]
+    return [medium for entry in media for medium in as_list(entry)]

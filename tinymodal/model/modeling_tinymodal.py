@@ -5,12 +5,12 @@
 saved folder carries this file and its neighbours, so that it loads where our package is not installed.
 """
 
-# Shapes: B rows, T positions, I tiles, S tokens a tile, K placeholders, M marks, R embeddings in all, D
-# language width, V vocabulary.
+# Shapes: B rows, T positions, I tiles of a kind (a sound's are its windows), S tokens a tile, K placeholders,
+# M marks, R embeddings in all, D language width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,19 +18,30 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .audio_towers import audio_encoder_of
 from .configuration_tinymodal import AUTO_MAP, TinyModalConfig
 from .connectors import find_connector
 from .encoders import encoder_of
 from .geometry import num_marks, num_tokens
 from .language import LanguageHead, build_decoder
+from .layout import VALUES
 from .media import Features, MediaEncoder
+
+MEDIA = {kind: (values, f"{kind}_take", f"{kind}_put") for kind, values in VALUES.items()}
+"""Kind -> what the forward pass calls prepared media, and the places their embeddings come from and go to."""
+
+MISSING = {
+    "image": "this model has no image tower, so it does not see; [model.vision] in a recipe gives it one",
+    "audio": "this model has no audio tower, so it does not hear; [model.audio] in a recipe gives it one",
+}
 
 
 class MediaInput(NamedTuple):
     """The media of one kind in a batch, and where their embeddings go."""
 
     values: Tensor | Sequence[Tensor]
-    """Prepared media, e.g. float [I, 3, H, W]; where tiles differ in size, one tensor for each size."""
+    """Prepared media, e.g. float [I, 3, H, W] or [I, bands, frames]; where tiles differ in size, one tensor
+    for each size."""
     take: Tensor
     """int64 [K]: which of the R embeddings are used: those of the tiles in order, then the marks."""
     put: Tensor
@@ -44,7 +55,7 @@ class TinyModalPreTrainedModel(PreTrainedModel):
     config: TinyModalConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own class attribute, as the next
+    input_modalities = ["image", "audio", "text"]  # noqa: RUF012 - transformers' own class attribute, as the next
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
@@ -66,17 +77,25 @@ class TinyModalPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(  # type: ignore[override]
         self, attn_implementation: str | dict[str, str], **kwargs: Any
     ) -> None:
-        """Change the attention of all parts, or of ``text_config`` and ``vision_config`` by name."""
+        """Change the attention of all parts, or of those whose configs (``text_config`` ...) are named."""
         by_name = attn_implementation if isinstance(attn_implementation, dict) else None
-        chosen = by_name.get("vision_config") if by_name is not None else attn_implementation
-        if self.config.vision_config is not None and chosen is not None:
-            # The tower runs on a copy of this, cut to its feature layer; transformers looks for the original.
-            self.config.vision_config._attn_implementation_internal = chosen
+        towers = {"image": self.config.vision_config, "audio": self.config.audio_config}
+        names = {"image": "vision_config", "audio": "audio_config"}
+        chosen = {
+            kind: by_name.get(names[kind]) if by_name is not None else attn_implementation for kind in towers
+        }
+        for kind, config in towers.items():
+            if config is not None and chosen[kind] is not None:
+                # The tower runs on a copy, cut to its feature layer; transformers looks for the original.
+                config._attn_implementation_internal = chosen[kind]
         super().set_attn_implementation(attn_implementation, **kwargs)
-        if by_name is not None and chosen is not None:
-            for part in self.modules():
-                if isinstance(part, MediaEncoder) and isinstance(part.module, PreTrainedModel):
-                    part.module.set_attn_implementation(chosen, **kwargs)
+        if by_name is None:
+            return
+        for part in self.modules():
+            if isinstance(part, MediaEncoder) and isinstance(part.module, PreTrainedModel):
+                asked = chosen[part.kind]
+                if asked is not None:
+                    part.module.set_attn_implementation(asked, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write weights, config and the code that reads them; see ``PreTrainedModel.save_pretrained``."""
@@ -89,6 +108,8 @@ class TinyModalModel(TinyModalPreTrainedModel):
     """Towers, connectors and the decoder of a language model; ends at the last hidden state."""
 
     _auto_class: Any = "AutoModel"
+    # A folder of the whole model has them; they belong to what comes after the last hidden state.
+    _keys_to_ignore_on_load_unexpected = [r"^speech_head\."]  # noqa: RUF012
 
     def __init__(self, config: TinyModalConfig, language: PreTrainedModel | None = None) -> None:
         """Make the model; ``language`` is a causal language model whose decoder is taken."""
@@ -99,16 +120,13 @@ class TinyModalModel(TinyModalPreTrainedModel):
             _keep_initial_weights(self.language_model)
         self.towers, self.connectors, self.marks = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         width = self.language_model.get_input_embeddings().embedding_dim
-        if config.vision_config is not None:
-            tower = encoder_of(config.vision_config).build(
-                config.vision_config, config.feature_layer, keep_class=config.keep_class
-            )
-            chosen = config.connectors["image"]
-            self.towers["image"] = tower
+        for kind, chosen in config.connectors.items():
+            tower = _build_tower(config, kind)
+            self.towers[kind] = tower
             connector = find_connector(chosen["name"])
-            self.connectors["image"] = connector.build(tower.widths, width, **chosen["options"])
-            if chosen["marks"]:
-                self.marks["image"] = Marks(num_marks(chosen["marks"]), width)
+            self.connectors[kind] = connector.build(tower.widths, width, **chosen["options"])
+            if chosen.get("marks"):
+                self.marks[kind] = Marks(num_marks(chosen["marks"]), width)
         for part in (self.towers, self.connectors, self.marks):
             _keep_initial_weights(part)
         self.post_init()
@@ -126,9 +144,9 @@ class TinyModalModel(TinyModalPreTrainedModel):
             ValueError: if the model has no tower for the kind.
         """
         if kind not in self.towers:
-            raise ValueError(f"{kind} given, but this model has no {kind} tower")
+            raise ValueError(f"{kind} given, but {MISSING[kind]}")
         tower = self.towers[kind]
-        # Words are computed in the model's data type, pixels arrive in float32.
+        # Words are computed in the model's data type, pixels and waves arrive in float32.
         dtype = next(tower.parameters()).dtype
         same_size = (values,) if isinstance(values, Tensor) else values
         return tuple(self.connectors[kind](tower(tiles.to(dtype))) for tiles in same_size)
@@ -165,6 +183,11 @@ class TinyModalModel(TinyModalPreTrainedModel):
         seen = self.perceive("image", pixel_values)
         return seen[0] if len(seen) == 1 else seen
 
+    def get_audio_features(self, audio_values: Tensor | Sequence[Tensor], **kwargs: Any) -> Any:
+        """Embeddings of prepared windows of sound, [I, S, D] or one such for each length."""
+        heard = self.perceive("audio", audio_values)
+        return heard[0] if len(heard) == 1 else heard
+
     def embed(self, input_ids_BT: Tensor, media: Mapping[str, MediaInput]) -> Tensor:
         """Token embeddings [B, T, D] with each placeholder replaced by its medium, in reading order."""
         x_BTD = self.get_input_embeddings()(input_ids_BT)
@@ -178,10 +201,19 @@ class TinyModalModel(TinyModalPreTrainedModel):
         m_KD = bank_RD.index_select(0, take).to(x_BTD.dtype)
         return x_BTD.flatten(0, 1).index_copy(0, put, m_KD).view_as(x_BTD)
 
-    def tokens_of(self, kind: str, size: tuple[int, int]) -> int:
-        """Embeddings that one prepared tile of (H, W) px gives. Pure integers."""
-        chosen, vision = self.config.connectors[kind], self.config.vision_config
-        grid = encoder_of(vision).grid(vision, size, keep_class=self.config.keep_class)
+    def tokens_of(self, kind: str, size: tuple[int, ...]) -> int:
+        """Embeddings that one prepared tile gives. Pure integers.
+
+        Args:
+            kind: of the medium.
+            size: of the tile: (H, W) px, or (frames,) or (samples,) of a window of sound.
+        """
+        chosen, config = self.config.connectors[kind], self.config
+        if kind == "image":
+            vision = config.vision_config
+            grid = encoder_of(vision).grid(vision, size, keep_class=config.keep_class)
+        else:
+            grid = audio_encoder_of(config.audio_config).grid(config.audio_config, size)
         return num_tokens(find_connector(chosen["name"]).shrink(grid, **chosen["options"]))
 
     def media_input(
@@ -202,39 +234,39 @@ class TinyModalModel(TinyModalPreTrainedModel):
         if take is None and put is not None:
             raise ValueError(f"{kind}_put needs {kind}_take, which says what goes to these places")
         if kind not in self.towers:
-            raise ValueError(f"{kind} given, but this model has no {kind} tower")
-        put = input_ids_BT.flatten().eq(self.config.image_token_id).nonzero().squeeze(1)
+            raise ValueError(f"{kind} given, but {MISSING[kind]}")
+        put = input_ids_BT.flatten().eq(self.config.place_of(kind)).nonzero().squeeze(1)
         if take is None:
             take = self._whole_tiles(kind, values, len(put)).to(put.device)
         if len(put) != len(take):
             raise ValueError(
-                f"{len(put)} placeholders (token {self.config.image_token_id}) but {kind}_take names "
+                f"{len(put)} placeholders (token {self.config.place_of(kind)}) but {kind}_take names "
                 f"{len(take)} embeddings; the processor writes as many as are needed"
             )
         return MediaInput(values, take, put)
 
     def _whole_tiles(self, kind: str, values: Tensor | Sequence[Tensor], places: int) -> Tensor:
-        """Every embedding of every tile in order, int64 [K]: for pictures of one tile without marks."""
+        """Every embedding of every tile in order, int64 [K]: for media of one tile without marks."""
         if kind in self.marks or not isinstance(values, Tensor):
             raise ValueError(
                 f"this model writes {kind}s as tiles and marks, whose order the processor gives; "
-                f"pass {kind}_take on with pixel_values"
+                f"pass {kind}_take on with {MEDIA[kind][0]}"
             )
-        each = self.tokens_of(kind, (values.shape[2], values.shape[3]))
+        each = self.tokens_of(kind, tuple(values.shape[2:]))
         if places != len(values) * each:
             raise ValueError(
-                f"{places} placeholders (token {self.config.image_token_id}) but {len(values)} {kind}s of "
+                f"{places} placeholders (token {self.config.place_of(kind)}) but {len(values)} {kind}s of "
                 f"{each} embeddings, {len(values) * each} in all; the processor writes as many as are needed"
             )
         return torch.arange(places)
 
-    def require_no_placeholder(self, input_ids_BT: Tensor) -> None:
-        """Raise ValueError if a place for a picture would be filled with a meaningless word."""
-        places = int(input_ids_BT.eq(self.config.image_token_id).sum()) if self.towers else 0
-        if places:
-            raise ValueError(
-                f"{places} placeholders (token {self.config.image_token_id}) but no pixel_values"
-            )
+    def require_no_placeholder(self, input_ids_BT: Tensor, kinds: Iterable[str] = tuple(MEDIA)) -> None:
+        """Raise ValueError if a place for a medium of ``kinds`` would be filled with a meaningless word."""
+        for kind in kinds:
+            place = self.config.place_of(kind)
+            places = int(input_ids_BT.eq(place).sum()) if kind in self.towers and place is not None else 0
+            if places:
+                raise ValueError(f"{places} placeholders (token {place}) but no {MEDIA[kind][0]}")
 
     def forward(
         self,
@@ -247,12 +279,16 @@ class TinyModalModel(TinyModalPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        audio_values: Tensor | Sequence[Tensor] | None = None,
+        audio_take: Tensor | None = None,
+        audio_put: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the media and the decoder.
 
         Args:
-            input_ids: int64 [B, T]; each picture holds its places with ``config.image_token_id``.
+            input_ids: int64 [B, T]; each picture holds its places with ``config.image_token_id``, each sound
+                with ``config.audio_token_id``.
             pixel_values: float [I, 3, H, W], prepared, in reading order over the rows; where tiles differ in
                 size, one such tensor for each size.
             image_take: int64 [K], see :class:`MediaInput`; may be left out where every picture is one tile
@@ -264,6 +300,10 @@ class TinyModalModel(TinyModalPreTrainedModel):
             past_key_values: the cache of the positions before.
             inputs_embeds: float [B, T, D] instead of ``input_ids``, media already in place.
             use_cache: whether to keep a cache; by default only if one is given.
+            audio_values: float [I, bands, frames] or [I, 1, samples], prepared windows of sound, in reading
+                order over the rows; where windows differ in length, one such tensor for each length.
+            audio_take: as ``image_take``; may be left out where every sound is one window, all of one length.
+            audio_put: as ``image_put``.
             **kwargs: for the decoder, e.g. ``output_hidden_states``.
 
         Raises:
@@ -271,16 +311,23 @@ class TinyModalModel(TinyModalPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
+        given = {
+            "image": (pixel_values, image_take, image_put),
+            "audio": (audio_values, audio_take, audio_put),
+        }
         if input_ids is not None:
-            media = {}
-            if pixel_values is not None:
-                media["image"] = self.media_input("image", pixel_values, image_take, image_put, input_ids)
-            elif not self.training and _is_start(past_key_values):
-                self.require_no_placeholder(input_ids)
+            media = {
+                kind: self.media_input(kind, values, take, put, input_ids)
+                for kind, (values, take, put) in given.items()
+                if values is not None
+            }
+            absent = [kind for kind in given if kind not in media]
+            if absent and not self.training and _is_start(past_key_values):
+                self.require_no_placeholder(input_ids, absent)
             inputs_embeds = self.embed(input_ids, media)
-        elif pixel_values is not None:
+        elif found := [MEDIA[kind][0] for kind, (values, _, _) in given.items() if values is not None]:
             raise ValueError(
-                "pixel_values need input_ids to find their places; inputs_embeds hold media already"
+                f"{found[0]} need input_ids to find their places; inputs_embeds hold media already"
             )
         if use_cache is None:
             # transformers makes a cache unasked, and with a cache it does not look at document borders.
@@ -318,6 +365,15 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         else:
             self.lm_head = language.get_output_embeddings()
             _keep_initial_weights(self.lm_head)
+        self.speech_head: nn.Module | None = None
+        if config.speech is not None:
+            from .talker import build_speech_head
+
+            # A model draws the same numbers with a mouth and without.
+            with torch.random.fork_rng(devices=[]):
+                words: Any = self.get_input_embeddings()
+                self.speech_head = build_speech_head(config.speech, words.embedding_dim)
+            _keep_initial_weights(self.speech_head)
         self._tied_weights_keys = {"lm_head.weight": f"model.{_name_of_embedding(self.model)}"}
         self.post_init()
 
@@ -336,6 +392,10 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
     def get_image_features(self, pixel_values: Tensor | Sequence[Tensor], **kwargs: Any) -> Any:
         """As :meth:`TinyModalModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_audio_features(self, audio_values: Tensor | Sequence[Tensor], **kwargs: Any) -> Any:
+        """As :meth:`TinyModalModel.get_audio_features`."""
+        return self.model.get_audio_features(audio_values, **kwargs)
 
     @property
     def head_is_plain(self) -> bool:
@@ -370,6 +430,9 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        audio_values: Tensor | Sequence[Tensor] | None = None,
+        audio_take: Tensor | None = None,
+        audio_put: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As :meth:`TinyModalModel.forward`, and then the head.
@@ -387,6 +450,9 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
             labels: int64 [B, T], unshifted, -100 where nothing trains. The loss is the mean over the targets,
                 as in every transformers model; training here has its own, see ``train/loss.py``.
             logits_to_keep: last positions to compute logits for (0: all), or their indices.
+            audio_values: see there.
+            audio_take: see there.
+            audio_put: see there.
             **kwargs: for the decoder and the loss, e.g. ``output_hidden_states``, ``num_items_in_batch``.
         """
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch", "ignore_index") if k in kwargs}
@@ -400,6 +466,9 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            audio_values=audio_values,
+            audio_take=audio_take,
+            audio_put=audio_put,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -428,7 +497,7 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """One step's inputs: pictures only while their placeholders are among the tokens."""
+        """One step's inputs: pictures and sounds only while their placeholders are among the tokens."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             past_key_values=past_key_values,
@@ -438,7 +507,7 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
             **kwargs,
         )
         seen = not is_first_iteration and kwargs.get("use_cache", True)
-        for name in ("pixel_values", "image_take", "image_put"):
+        for name in (name for names in MEDIA.values() for name in names):
             placed = seen or inputs.get("inputs_embeds") is not None
             inputs[name] = None if placed else kwargs.get(name)
         return inputs
@@ -450,19 +519,21 @@ class TinyModalForConditionalGeneration(TinyModalPreTrainedModel, GenerationMixi
         input_ids: Any = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Repeat each row for beams and samples, but not its pictures: all copies look at the same ones.
+        """Repeat each row for beams and samples, but not its media: all copies look at the same pictures.
 
-        transformers would repeat every tensor along its first dimension, which is not rows for pictures.
+        transformers would repeat every tensor along its first dimension, which is not rows for media.
         """
-        media = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_take", "image_put")}
-        if expand_size > 1 and media["pixel_values"] is not None and input_ids is not None:
-            per_row = input_ids.eq(self.config.image_token_id).sum(1).tolist()
-            take = media["image_take"]
-            if take is None:
-                take = self.model._whole_tiles("image", media["pixel_values"], sum(per_row))
-            rows = take.to(input_ids.device).split(per_row)
-            media["image_take"] = torch.cat([row for row in rows for _ in range(expand_size)])
-            media["image_put"] = None  # found again among the repeated rows
+        media: dict[str, Any] = {}
+        for kind, (values, take, put) in MEDIA.items():
+            own = {name: model_kwargs.pop(name, None) for name in (values, take, put)}
+            if expand_size > 1 and own[values] is not None and input_ids is not None:
+                per_row = input_ids.eq(self.config.place_of(kind)).sum(1).tolist()
+                if own[take] is None:
+                    own[take] = self.model._whole_tiles(kind, own[values], sum(per_row))
+                rows = own[take].to(input_ids.device).split(per_row)
+                own[take] = torch.cat([row for row in rows for _ in range(expand_size)])
+                own[put] = None  # found again among the repeated rows
+            media |= own
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
@@ -501,6 +572,15 @@ def load_exactly(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             f"{unknown[:3]}, {len(shapes)} of another shape {shapes[:3]}"
         )
     module.load_state_dict(weights)
+
+
+def _build_tower(config: TinyModalConfig, kind: str) -> MediaEncoder:
+    """The tower of one kind, as the config has it."""
+    if kind == "image":
+        vision = config.vision_config
+        return encoder_of(vision).build(vision, config.feature_layer, keep_class=config.keep_class)
+    audio = config.audio_config
+    return audio_encoder_of(audio).build(audio, config.audio_feature_layer)
 
 
 def _keep_initial_weights(module: nn.Module) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .image import Preparation
-from .media import OPTIONS, Features, MediaEncoder
+from .media import OPTIONS, Features
+from .picture_tower import PictureTower
 
 NORMALISE = ("own", "first")
 
@@ -88,10 +89,10 @@ class PairConfig(PreTrainedConfig):
         return first, second
 
 
-class PairTower(MediaEncoder):
+class PairTower(PictureTower):
     """Two towers; [N, S, E + F]. Their grids must be equal."""
 
-    def __init__(self, config: PairConfig, first: MediaEncoder, second: MediaEncoder) -> None:
+    def __init__(self, config: PairConfig, first: PictureTower, second: PictureTower) -> None:
         super().__init__()
         self.config, self.first, self.second = config, first, second
         self.keep_class = first.keep_class
@@ -125,7 +126,7 @@ class PairTower(MediaEncoder):
         return min(_adapter(part).leading_tokens(part) for part in config.parts())
 
     @classmethod
-    def grid(cls, config: PairConfig, size_px: tuple[int, int], keep_class: bool = False) -> tuple[int, ...]:
+    def grid(cls, config: PairConfig, size_px: tuple[int, ...], keep_class: bool = False) -> tuple[int, ...]:
         return _equal(
             config, [_adapter(part).grid(part, size_px, keep_class) for part in config.parts()], size_px
         )
@@ -163,7 +164,7 @@ class PairTower(MediaEncoder):
         )
 
 
-def _equal(config: PairConfig, grids: Sequence[tuple[int, ...]], size_px: tuple[int, int]) -> Any:
+def _equal(config: PairConfig, grids: Sequence[tuple[int, ...]], size_px: tuple[int, ...]) -> Any:
     """The grid that both have."""
     if grids[0] != grids[1]:
         one, other = (" x ".join(map(str, grid)) for grid in grids)
@@ -175,7 +176,7 @@ def _equal(config: PairConfig, grids: Sequence[tuple[int, ...]], size_px: tuple[
     return grids[0]
 
 
-def _adapter(config: PreTrainedConfig) -> type[MediaEncoder]:
+def _adapter(config: PreTrainedConfig) -> type[PictureTower]:
     # Not above: the table of towers, which knows pairs, is made there.
     from .encoders import encoder_of
 

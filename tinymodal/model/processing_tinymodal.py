@@ -1,12 +1,14 @@
-"""Text and pictures -> token ids and tensors; and how many tokens a picture takes, without any weights.
+"""Text, pictures and sounds -> token ids and tensors; and how many tokens a picture takes, without weights.
 
 The image processor holds what must be known of the model to count: the tower's config and the connector's
-options. It calls the functions that the model itself calls, so the two cannot disagree.
+options. It calls the functions that the model itself calls, so the two cannot disagree. What does the same
+for sounds is in ``audio_processing.py``.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,17 +27,26 @@ from transformers import (
 )
 from transformers.processing_utils import MultiModalData
 
+from .audio import Hearing
+from .audio_processing import PreparedSound, TinyModalAudioProcessor
 from .configuration_tinymodal import AUTO_MAP, TinyModalConfig
 from .connectors import find_connector
 from .encoders import encoder_of, tower_config
 from .geometry import Plan, arrange, num_tokens, plan
 from .image import Preparation, cut, load_pixels
-from .layout import Picture, lay_out
+from .layout import as_inputs, as_list
 
 Source = str | Path | bytes | PIL.Image.Image
 
 NUM_LAYOUTS = 4_096
 """Layouts that are kept: pictures of a data set share sizes, and one takes a millisecond to plan."""
+
+
+BLIND = "a picture is given, but this model has no vision tower; [model.vision] in a recipe gives it one"
+DEAF = (
+    "a sound is given, but this model has no audio tower; [model.audio] in a recipe gives it one, as "
+    "recipes/asr-align.toml does"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +156,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
             ValueError: if the model has no tower; if its grid and the connector do not fit together.
         """
         if self.preparation is None:
-            raise ValueError("a picture is given, but this model has no vision tower")
+            raise ValueError(BLIND)
         return self.layout(self.preparation.size_px)
 
     def layout(
@@ -193,7 +204,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
             ValueError: if the model has no tower, or the limits make no sense.
         """
         if self.preparation is None:
-            raise ValueError("a picture is given, but this model has no vision tower")
+            raise ValueError(BLIND)
         how = self.preparation
         if max_tiles is not None:
             if max_tiles < 1:  # 0 would be the strategy's own default
@@ -242,7 +253,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         prepared = [
             self.prepare(image, number, max_tiles, fit_pixels) for number, image in enumerate(as_list(images))
         ]
-        return BatchFeature(as_inputs(prepared))
+        return BatchFeature(as_inputs(prepared, "image"))
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -270,26 +281,44 @@ class TinyModalImageProcessor(ImageProcessingMixin):
 
 
 class TinyModalProcessor(ProcessorMixin):
-    """Tokenizer and image processor: writes as many placeholders as a picture has embeddings."""
+    """Tokenizer, image processor and, if the model hears, what prepares sounds.
+
+    Writes as many placeholders as a picture or a sound has embeddings.
+    """
 
     _auto_class: Any = "AutoProcessor"
     image_token = "<image>"
+    audio_token = "<audio>"
 
     def __init__(
         self,
         image_processor: TinyModalImageProcessor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
+        feature_extractor: TinyModalAudioProcessor | None = None,
         **kwargs: Any,
     ) -> None:
         if image_processor is None or tokenizer is None:
             raise ValueError("a processor needs an image processor and a tokenizer")
-        self.image_token_id: Any = tokenizer.convert_tokens_to_ids(self.image_token)
-        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise ValueError(
-                f"the tokenizer has no token {self.image_token!r}; add it as a special token first"
-            )
+        self.image_token_id: Any = _id_of(tokenizer, self.image_token)
+        self.audio_token_id: Any = None
+        """None where the model does not hear; then ``<audio>`` is a word like any other."""
+        if feature_extractor is not None:
+            self.audio_token_id = _id_of(tokenizer, self.audio_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.feature_extractor = feature_extractor
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """What every processor of ours has; transformers cannot save a part that may be None."""
+        return ["image_processor", "tokenizer"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; see ``ProcessorMixin.to_dict``."""
+        values = super().to_dict()
+        if self.feature_extractor is None:
+            values.pop("feature_extractor", None)
+        return values
 
     @classmethod
     def of(
@@ -297,13 +326,15 @@ class TinyModalProcessor(ProcessorMixin):
         config: TinyModalConfig,
         tokenizer: PreTrainedTokenizerBase,
         preparation: Preparation | None = None,
+        hearing: Hearing | None = None,
     ) -> TinyModalProcessor:
         """The processor of a model.
 
         Args:
             config: the model's.
-            tokenizer: its language model's, with the token ``<image>``.
+            tokenizer: its language model's, with the token ``<image>``, and ``<audio>`` if the model hears.
             preparation: how pictures are prepared; None for the way of the tower's family.
+            hearing: how sounds are prepared; None for the way of the tower's family.
 
         Raises:
             ValueError: if tokenizer and config name different placeholder ids, or the sizes do not fit
@@ -320,12 +351,18 @@ class TinyModalProcessor(ProcessorMixin):
             chosen.get("merge", "flat"),
             config.keep_class,
         )
-        processor = cls(image_processor, tokenizer)
-        if config.image_token_id is not None and config.image_token_id != processor.image_token_id:
-            raise ValueError(
-                f"token {cls.image_token!r} is {processor.image_token_id} in the tokenizer but "
-                f"{config.image_token_id} in the config"
-            )
+        ear = None
+        if config.audio_config is not None:
+            chosen = config.connectors["audio"]
+            audio = copy.deepcopy(config.audio_config)
+            ear = TinyModalAudioProcessor(hearing, audio, chosen["name"], chosen["options"])
+        processor = cls(image_processor, tokenizer, feature_extractor=ear)
+        for token, here, there in (
+            (cls.image_token, processor.image_token_id, config.image_token_id),
+            (cls.audio_token, processor.audio_token_id, config.audio_token_id),
+        ):
+            if here is not None and there is not None and here != there:
+                raise ValueError(f"token {token!r} is {here} in the tokenizer but {there} in the config")
         return processor
 
     @classmethod
@@ -335,18 +372,37 @@ class TinyModalProcessor(ProcessorMixin):
         """Read what ``save_pretrained`` wrote; a local folder or a Hub name."""
         # Not by way of AutoImageProcessor: where our package is installed, its own classes need no trust.
         image_processor = TinyModalImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        ear = None
+        if "feature_extractor" in cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)[0]:
+            ear = TinyModalAudioProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         # The tokenizer's files say what it is. Without a config in hand AutoTokenizer would ask the model's.
         kwargs["config"] = PreTrainedConfig()
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(image_processor, tokenizer)
+        return cls(image_processor, tokenizer, feature_extractor=ear)
 
     def prepare(self, source: Source, number: int = 0, **limits: Any) -> PreparedImage:
         """Read one picture; see :meth:`TinyModalImageProcessor.prepare`."""
         return self.image_processor.prepare(source, number, **limits)
 
-    def placeholder(self, tokens: int) -> str:
-        """The text that holds the place of one picture."""
-        return self.image_token * tokens
+    def prepare_sound(self, source: Any, rate_hz: int | None = None, **stretch: Any) -> PreparedSound:
+        """Read one sound; see :meth:`TinyModalAudioProcessor.prepare`.
+
+        Raises:
+            ValueError: if it cannot be read, or the model does not hear.
+        """
+        if self.feature_extractor is None:
+            raise ValueError(DEAF)
+        return self.feature_extractor.prepare(source, rate_hz, **stretch)
+
+    @property
+    def places(self) -> dict[str, str]:
+        """The placeholder's word for each kind of media that the tokenizer has one for."""
+        heard = {} if self.audio_token_id is None else {"audio": self.audio_token}
+        return {"image": self.image_token, **heard}
+
+    def placeholder(self, tokens: int, kind: str = "image") -> str:
+        """The text that holds the place of one picture or sound."""
+        return self.places[kind] * tokens
 
     def __call__(
         self,
@@ -355,87 +411,118 @@ class TinyModalProcessor(ProcessorMixin):
         return_mm_token_type_ids: bool = False,
         max_tiles: int | None = None,
         fit_pixels: tuple[int, int] | None = None,
+        audio: Any = None,
+        sampling_rate: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Texts with ``<image>`` where the pictures go -> what the model's forward takes.
+        """Texts with ``<image>`` and ``<audio>`` where media go -> what the model's forward takes.
 
         Args:
             images: pictures of all texts in reading order; lists of lists, one a text, are taken too.
             text: one text or several.
-            return_mm_token_type_ids: also return 1 for placeholders and 0 for words.
+            return_mm_token_type_ids: also return 0 for words, 1 for places of pictures and 3 of sounds, as
+                transformers numbers them.
             max_tiles: at most so many tiles a picture; None: as composed.
             fit_pixels: least and most pixels of a picture after resizing; None: as composed.
+            audio: sounds of all texts in reading order, or lists of them.
+            sampling_rate: of sounds that are samples; files say their own.
             **kwargs: for the tokenizer; ``return_tensors`` is "pt", and several texts are padded on the left.
 
         Returns:
-            ``input_ids``, ``attention_mask`` int64 [B, T] and, with pictures, what :func:`as_inputs` gives.
+            ``input_ids``, ``attention_mask`` int64 [B, T] and, with pictures or sounds, what
+            :func:`as_inputs` gives.
 
         Raises:
-            ValueError: if the texts do not have as many places as there are pictures.
+            ValueError: if the texts do not have as many places as there are pictures, or as there are sounds.
         """
+        # transformers passes what a conversation has none of.
+        if kwargs.pop("videos", None) is not None:
+            raise ValueError("videos are given, but this model reads pictures; give some of their frames")
         pictures = [] if images is None else as_list(images)
+        sounds = [] if audio is None else as_list(audio)
+        if sounds and self.feature_extractor is None:
+            raise ValueError(DEAF)
         limits = {"max_tiles": max_tiles, "fit_pixels": fit_pixels}
         if text is None:
-            return self.image_processor(pictures, **limits) if pictures else BatchFeature({})
+            seen = self.image_processor(pictures, **limits) if pictures else {}
+            return BatchFeature({**seen, **(self.feature_extractor(sounds, sampling_rate) if sounds else {})})
         texts = [text] if isinstance(text, str) else list(text)
         per_text = [t.count(self.image_token) for t in texts]
-        if sum(per_text) != len(pictures):
-            raise ValueError(
-                f"{sum(per_text)} places ({self.image_token}) in the text but {len(pictures)} pictures"
-            )
+        for kind, token in self.places.items():
+            given, word = (pictures, "pictures") if kind == "image" else (sounds, "sounds")
+            found = sum(t.count(token) for t in texts)
+            if found != len(given):
+                raise ValueError(f"{found} places ({token}) in the text but {len(given)} {word}")
         numbers = (n for count in per_text for n in range(count))
-        prepared = [self.prepare(image, n, **limits) for image, n in zip(pictures, numbers, strict=True)]
-        values = as_inputs(prepared) if prepared else {}
-        tokens = iter(p.tokens for p in prepared)
-        texts = [self._widen(t, tokens) for t in texts]
+        prepared: dict[str, list[Any]] = {
+            "image": [self.prepare(image, n, **limits) for image, n in zip(pictures, numbers, strict=True)],
+            "audio": [self.prepare_sound(sound, sampling_rate) for sound in sounds],
+        }
+        values: dict[str, Any] = {}
+        for kind, media in prepared.items():
+            values |= as_inputs(media, kind) if media else {}
+        texts = self._widen(texts, prepared)
         # On the left: what is generated follows the last word of every row.
         left = {"padding": len(texts) > 1, "padding_side": "left"}
         kwargs = {"return_tensors": "pt", **left, **kwargs}
         words = dict(self.tokenizer(texts, **kwargs))
         if return_mm_token_type_ids:
-            words["mm_token_type_ids"] = torch.as_tensor(words["input_ids"]).eq(self.image_token_id).long()
+            ids = torch.as_tensor(words["input_ids"])
+            words["mm_token_type_ids"] = ids.eq(self.image_token_id).long()
+            if self.audio_token_id is not None:
+                words["mm_token_type_ids"] += 3 * ids.eq(self.audio_token_id).long()
         return BatchFeature({**words, **values})
 
-    def _widen(self, text: str, tokens: Any) -> str:
-        first, *rest = text.split(self.image_token)
-        return first + "".join(self.placeholder(next(tokens)) + piece for piece in rest)
+    def _widen(self, texts: Sequence[str], prepared: dict[str, list[Any]]) -> list[str]:
+        """Each placeholder as often as its medium has tokens."""
+        tokens = {kind: iter([medium.tokens for medium in media]) for kind, media in prepared.items()}
+        kinds = {token: kind for kind, token in self.places.items()}
+
+        def widened(found: re.Match[str]) -> str:
+            kind = kinds[found.group()]
+            return self.placeholder(next(tokens[kind]), kind)
+
+        return [re.sub("|".join(map(re.escape, kinds)), widened, text) for text in texts]
 
     def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        audio_lengths: Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> MultiModalData:
-        """Tokens and tiles of pictures of (height, width) px; what vLLM plans with."""
-        if image_sizes is None:
-            return MultiModalData()
-        layouts = [self.image_processor.layout((int(h), int(w))) for h, w in image_sizes]
-        return MultiModalData(
-            num_image_tokens=[found.tokens for found in layouts],
-            num_image_patches=[len(found.tile_tokens) for found in layouts],
-        )
+        """What vLLM plans with.
+
+        Args:
+            image_sizes: (height, width) px of pictures: their tokens and tiles are counted.
+            audio_lengths: samples of sounds at ``feature_extractor.sampling_rate``: their tokens are.
+            **kwargs: of other media.
+        """
+        counts: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            layouts = [self.image_processor.layout((int(h), int(w))) for h, w in image_sizes]
+            counts["num_image_tokens"] = [found.tokens for found in layouts]
+            counts["num_image_patches"] = [len(found.tile_tokens) for found in layouts]
+        if audio_lengths is not None:
+            if self.feature_extractor is None:
+                raise ValueError(DEAF)
+            ear = self.feature_extractor
+            counts["num_audio_tokens"] = [ear.layout(int(length)).tokens for length in audio_lengths]
+        return MultiModalData(**counts)
 
     @property
     def model_input_names(self) -> list[str]:
         """Keys of what a call returns."""
-        return ["input_ids", "attention_mask", "pixel_values", "image_take"]
+        heard = [] if self.feature_extractor is None else self.feature_extractor.model_input_names
+        return ["input_ids", "attention_mask", "pixel_values", "image_take", *heard]
 
 
-def as_list(images: Any) -> list[Source]:
-    """One picture, several, or several lists of them -> one list in reading order."""
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [image for entry in images for image in as_list(entry)]
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The placeholder's number.
 
-
-def as_inputs(pictures: Sequence[PreparedImage]) -> dict[str, Any]:
-    """What the model's forward takes for some pictures in reading order.
-
-    Returns:
-        ``pixel_values`` float32 [I, 3, H, W], or a list of one such tensor for each size of tile; and, unless
-        every picture is one tile of one size without marks, ``image_take`` int64 [K].
+    Raises:
+        ValueError: the tokenizer does not have it.
     """
-    orders = [None if p.order is None else torch.tensor(p.order) for p in pictures]
-    stacked, take = lay_out(
-        [Picture(p.tiles, p.tile_tokens, order) for p, order in zip(pictures, orders, strict=True)]
-    )
-    if len(stacked) == 1 and not any(order is not None for order in orders):
-        return {"pixel_values": stacked[0]}
-    return {"pixel_values": stacked[0] if len(stacked) == 1 else list(stacked), "image_take": take}
+    found: Any = tokenizer.convert_tokens_to_ids(token)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer has no token {token!r}; add it as a special token first")
+    return int(found)

@@ -34,7 +34,8 @@ from transformers import PreTrainedConfig
 from .geometry import patch_grid
 from .hf_tower import IMAGENET, first_line, step_of
 from .image import RESAMPLES, Preparation
-from .media import Features, MediaEncoder, hidden_states
+from .media import Features, hidden_states
+from .picture_tower import PictureTower
 
 MISSING = "install it with: pip install 'tinymodal[timm]'"
 
@@ -95,7 +96,7 @@ class TimmConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class TimmTower(MediaEncoder):
+class TimmTower(PictureTower):
     """A model of timm, cut after the last block that the chosen layers need."""
 
     def __init__(
@@ -122,7 +123,7 @@ class TimmTower(MediaEncoder):
         attn: str | None = None,
         keep_class: bool = False,
     ) -> TimmTower:
-        """See :meth:`MediaEncoder.build`; ``attn`` has no effect, timm chooses its attention itself."""
+        """See :meth:`PictureTower.build`; ``attn`` has no effect, timm chooses its attention itself."""
         config = copy.deepcopy(settled(config))
         cls.check_class(config, keep_class)
         num_blocks = int(config.num_hidden_layers or 0)

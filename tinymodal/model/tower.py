@@ -21,7 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .geometry import patch_grid
 from .image import Preparation
-from .media import Features, MediaEncoder, hidden_states
+from .media import Features, hidden_states
+from .picture_tower import PictureTower
 
 # Shapes: N items, h w grid, S = h*w positions, E width, A heads, C channels.
 
@@ -73,7 +74,7 @@ class _ResidualConv(nn.Module):
         return x_NChw + F.relu(self.first(x_NChw))
 
 
-class _Block(GradientCheckpointingLayer):
+class Block(GradientCheckpointingLayer):
     """Pre-norm transformer block; its activations are computed again where checkpointing is on."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -93,7 +94,7 @@ class _Block(GradientCheckpointingLayer):
         return x_NSE + self.down(F.gelu(self.up(self.norm2(x_NSE))))
 
 
-class ConvTower(MediaEncoder):
+class ConvTower(PictureTower):
     """Convolutional stem, learned positions, transformer blocks; hidden state 0 is the stem's output."""
 
     kind: ClassVar[str] = "image"
@@ -112,7 +113,7 @@ class ConvTower(MediaEncoder):
         h, w = self.patches(config, (config.image_size, config.image_size))
         self.positions = nn.Parameter(torch.randn(1, h * w, config.hidden_size) * 0.02)
         self.blocks = nn.ModuleList(
-            _Block(config.hidden_size, config.num_attention_heads) for _ in range(max(layers))
+            Block(config.hidden_size, config.num_attention_heads) for _ in range(max(layers))
         )
 
     @classmethod
@@ -180,7 +181,7 @@ class WrittenTowerConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class WrittenTower(MediaEncoder):
+class WrittenTower(PictureTower):
     """One position a pixel: the sum of a learned vector for each channel's code and one for the place.
 
     ``noise`` is the standard deviation of what is added in training, relative to a feature of unit size: a

@@ -36,8 +36,13 @@ if TYPE_CHECKING:
 
 NAME = "default"
 """Of the one adapter that a model has."""
-PLACES = {"vision": "model.towers", "connectors": "model.connectors", "language": "model.language_model"}
-"""Part -> the name that its modules begin with. The language head lies in none of them."""
+PLACES = {
+    "vision": "model.towers.image",
+    "audio": "model.towers.audio",
+    "connectors": "model.connectors",
+    "language": "model.language_model",
+}
+"""Part -> the name that its modules begin with. Language head and speech head lie in none of them."""
 AGREES, AGREES_ROUNDED = 1e-4, 5e-2
 """Largest difference of a merged layer, relative to its largest output; the second where products are made in
 bfloat16 or int8."""

@@ -14,15 +14,15 @@ from tinymodal.train.groups import trainable
 from tinymodal.train.lean import lean
 from tinymodal.train.objective import Objective
 from tinymodal.train.precision import Narrow
-from tinymodal.train.stage_data import names_of, open_data
-from tinymodal.train.work import cache_folder, feature_cache
+from tinymodal.train.stage_data import cache_folder, names_of, open_data
+from tinymodal.train.work import feature_cache
 
 if TYPE_CHECKING:
     from tinymodal.train.recipe import Recipe
 
 
 def fill(recipe: Recipe, workers: int = 0, shown: bool = True) -> dict[str, Warmed]:
-    """Run the tower over every picture of the stages with ``cache``, but for those that are kept already.
+    """Run the towers over every picture and sound of the stages with ``cache``, but for those that are kept.
 
     May be started in several processes, on several machines; each takes what the others have not done.
 
@@ -35,7 +35,7 @@ def fill(recipe: Recipe, workers: int = 0, shown: bool = True) -> dict[str, Warm
         What was done for each stage, by its name.
 
     Raises:
-        RecipeError: no stage has ``cache``, its tower trains in an earlier stage, or its pictures are more
+        RecipeError: no stage has ``cache``, a tower of it trains in an earlier stage, or its media are more
             than the cache may hold.
         DataError: a file of a source is missing, or the cache cannot be written.
     """
@@ -74,9 +74,12 @@ def fill(recipe: Recipe, workers: int = 0, shown: bool = True) -> dict[str, Warm
 
 
 def _refuse_trained(recipe: Recipe, index: int) -> None:
-    """Refuse a stage whose tower is another by the time it begins."""
+    """Refuse a stage whose towers are others by the time it begins."""
     for stage in recipe.stages[:index]:
-        if stage.train.get("vision") or (stage.lora is not None and "vision" in stage.lora.parts):
+        if any(
+            stage.train.get(part) or (stage.lora is not None and part in stage.lora.parts)
+            for part in ("vision", "audio")
+        ):
             raise RecipeError(
                 f"stages.{recipe.stages[index].name}.cache: the tower trains before it, in stage "
                 f"{stage.name}, so its features cannot be had ahead; they are kept while the stage trains"

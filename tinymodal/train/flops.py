@@ -5,14 +5,15 @@ backward once for the input, where something before it trains, and once for the 
 a frozen tower counts forward only, and a frozen language model behind a connector that trains counts twice.
 A document counts to its last target, the head where a label is, and so does what follows attention in the
 last block and that block's query: nothing else is read. Recomputation is not counted, nor padding, nor logits
-that nobody needs, nor a tower where there is no picture, nor what is no product: norms and activations.
+that nobody needs, nor a tower where there is nothing for it, nor what is no product: norms and activations.
 
 Causal attention counts the pairs that see each other, half a square. PaLM (arXiv:2204.02311, appendix B) and
 torchtitan count the whole square, and know no towers; ``whole_squares`` gives theirs, to compare with. For
 documents of 800 tokens and a language model of 3 billion weights the difference is 2 %.
 
-Towers and connectors are run once for each size of tile on tensors without numbers, and what runs is counted:
-no family needs to be known. The decoder is counted from its weights and its config, document by document.
+Towers and connectors are run once for each size of tile and each length of window on tensors without numbers,
+and what runs is counted: no family needs to be known. The decoder is counted from its weights and its config,
+document by document, a speech head from its weights, answer by answer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tinymodal.core.types import Batch
 from tinymodal.model.media import Features
 from tinymodal.train.groups import blocks
 from tinymodal.train.packed import reach
+from tinymodal.train.spread import FIELDS, tiles_of
 
 if TYPE_CHECKING:
     from tinymodal.model.modeling_tinymodal import TinyModalForConditionalGeneration
@@ -66,7 +68,11 @@ class StepFlops:
     """
 
     def __init__(
-        self, model: TinyModalForConditionalGeneration, pruned: bool = True, whole_squares: bool = False
+        self,
+        model: TinyModalForConditionalGeneration,
+        pruned: bool = True,
+        whole_squares: bool = False,
+        losses: Sequence[str] = ("text",),
     ) -> None:
         """Look at a model.
 
@@ -75,15 +81,21 @@ class StepFlops:
             pruned: count what is needed; False: whole documents and the whole last block, as an engine
                 computes that prunes nothing. The head counts where a label is in both.
             whole_squares: count causal attention as PaLM does.
+            losses: of the stage: ``speech`` alone asks the language head for nothing.
         """
         self.pruned, self.whole_squares = pruned, whole_squares
+        self._writes, self._speaks = tuple(losses) != ("speech",), "speech" in losses
         body: Any = model.model
         self._eyes = {
             kind: _hollow(nn.ModuleList([t, body.connectors[kind]])) for kind, t in body.towers.items()
         }
-        self._eyes_train = any(
-            p.requires_grad for part in (body.towers, body.connectors, body.marks) for p in part.parameters()
-        )
+        self._senses_train = {
+            kind
+            for parts in (body.towers, body.connectors, body.marks)
+            for kind, part in parts.items()
+            if any(p.requires_grad for p in part.parameters())
+        }
+        self._mouth: Any = model.speech_head
         self._blocks, self._around, self._around_trained = _decoder(
             body.language_model, model.config.text_config
         )
@@ -93,23 +105,38 @@ class StepFlops:
 
     def __call__(self, batches: Sequence[Batch]) -> float:
         """Floating point operations of forward and backward passes over ``batches``."""
-        return sum(self._media(batch) + self._text(batch) for batch in batches)
+        return sum(self._media(batch) + self._text(batch) + self._speech(batch) for batch in batches)
 
     def _media(self, batch: Batch) -> float:
-        if "image" not in self._eyes:
-            return 0.0
         total = 0.0
-        for values, seen in ((batch.pixel_values, False), (batch.image_features, True)):
-            for same in (values,) if isinstance(values, Tensor) else values or ():
-                key = (seen, *same.shape[1:])
+        for kind, eye in self._eyes.items():
+            seen = getattr(batch, FIELDS[kind][1]) is not None
+            for same in tiles_of(batch, kind):
+                key = (kind, seen, *same.shape[1:])
                 if key not in self._tiles:
-                    self._tiles[key] = _look(self._eyes["image"], same.shape[1:], seen)
+                    self._tiles[key] = _look(eye, same.shape[1:], seen)
                 total += len(same) * self._tiles[key]
         return total
 
+    def _speech(self, batch: Batch) -> float:
+        """Blocks of the speech head at tokens and frames, its reader at tokens, its last matrix at frames."""
+        head = self._mouth
+        if head is None or not self._speaks or batch.speech_codes is None:
+            return 0.0
+        trains = any(p.requires_grad for p in head.parameters())
+        blocks_, reader, last = (_matrices(part) for part in (head.blocks, head.tokens, head.predict))
+        total = 0.0
+        for num, frames in zip(batch.speech_tokens, batch.speech_frames, strict=True):
+            # Every token's places at once, or tokens and columns in turn; either way a voice before them.
+            upsample = getattr(head, "upsample", None)
+            written = num * upsample if upsample else frames + max(head.books - 1, 1)
+            places = 1 + (written if upsample else num + written)
+            total += 2 * (blocks_ * places + reader * num + last * written)
+            total += 4 * _pairs(places, None, self.whole_squares) * head.width * len(head.blocks)
+        return total * (3 if trains else 1)
+
     def _text(self, batch: Batch) -> float:
-        seen = batch.pixel_values is not None or batch.image_features is not None
-        before = self._eyes_train and seen
+        before = any(tiles_of(batch, kind) for kind in self._senses_train & set(FIELDS))
         num_targets = len(batch.target_ids)
         total, squares = 0.0, self.whole_squares
         documents = self._documents(batch)
@@ -130,7 +157,8 @@ class StepFlops:
             total += 4 * pairs * block.width * (1 + 2 * back)
         below = before or (bool(self._blocks) and self._blocks[-1].trains)
         total += 2 * positions * (self._around * (1 + below) + self._around_trained)
-        return total + 2 * self._head * num_targets * (1 + below + self._head_trains)
+        head = self._head if self._writes else 0.0
+        return total + 2 * head * num_targets * (1 + below + self._head_trains)
 
     def _documents(self, batch: Batch) -> list[tuple[int, int]]:
         """For each document its positions that count, and its targets."""
@@ -145,6 +173,11 @@ class StepFlops:
 def step_flops(model: TinyModalForConditionalGeneration, batches: Sequence[Batch]) -> float:
     """Floating point operations that a step on ``batches`` needs. For many steps make a ``StepFlops``."""
     return StepFlops(model)(batches)
+
+
+def _matrices(part: nn.Module) -> float:
+    """Multiplications for one position."""
+    return float(sum(num_weights(p) for p in part.parameters() if p.ndim >= 2))
 
 
 def _pairs(length: int, window: int | None, whole: bool) -> float:

@@ -1,10 +1,10 @@
 """Which parameters train, and at which rate; everything else is frozen and behaves as in inference.
 
-A group is a room of the model: the tower, the connectors, the language model; token embeddings and adapters
-have their own. Of a room all may train, or its blocks from one on, or its norms, which are found by what the
-modules are and not by how a family names them. What is frozen is in ``eval`` (no dropout, no drifting
-statistics) and has no gradients; a frozen tower, which nothing trainable stands before, therefore leaves no
-graph behind at all.
+A group is a room of the model: each tower, the connectors, the language model, the speech head; token
+embeddings and adapters have their own. Of a room all may train, or its blocks from one on, or its norms,
+which are found by what the modules are and not by how a family names them. What is frozen is in ``eval`` (no
+dropout, no drifting statistics) and has no gradients; a frozen tower, which nothing trainable stands before,
+therefore leaves no graph behind at all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tinymodal.compose.quantize import num_weights
 from tinymodal.core.errors import RecipeError
 from tinymodal.core.lookup import nearest
 from tinymodal.model.media import MediaEncoder
+from tinymodal.model.sound_tower import AudioTower
 from tinymodal.train import adapters
 from tinymodal.train.recipe import GROUPS, Choice, Lora, read_choice
 
@@ -184,6 +185,10 @@ def set_modes(model: TinyModalForConditionalGeneration, heads: nn.Module | None 
             continue
         room.train()
         for part in _parts(room):
+            if isinstance(part, AudioTower):
+                # A learned mean of its layers trains with the connectors, above a tower that is frozen.
+                for child in part.children():
+                    child.train(trains(child))
             for block in blocks(part):
                 if not trains(block):
                     block.eval()
@@ -306,8 +311,15 @@ def _named(model: TinyModalForConditionalGeneration, heads: nn.Module | None) ->
             group = "adapters"
         elif id(parameter) in words:
             group = "embeddings"
+        elif name.endswith(".towers.audio.layer_weights"):
+            # New, as a connector is, and worth training while the tower is frozen.
+            group = "connectors"
+        elif ".towers.audio." in f".{name}":
+            group = "audio"
         elif ".towers." in f".{name}":
             group = "vision"
+        elif name.startswith("speech_head."):
+            group = "speech"
         elif ".connectors." in f".{name}" or ".marks." in f".{name}":
             group = "connectors"
         else:
@@ -320,12 +332,15 @@ def _named(model: TinyModalForConditionalGeneration, heads: nn.Module | None) ->
 
 def _rooms(model: TinyModalForConditionalGeneration, group: str | None = None) -> Iterator[nn.Module]:
     """The parts that freeze as a whole, of one group or of all."""
-    if group in (None, "vision"):
-        yield from model.model.towers.values()
+    for kind, tower in model.model.towers.items():
+        if group in (None, "audio" if kind == "audio" else "vision"):
+            yield tower
     if group in (None, "connectors"):
         yield from model.model.connectors.values()
     if group in (None, "language"):
         yield model.model.language_model
+    if group in (None, "speech") and model.speech_head is not None:
+        yield model.speech_head
 
 
 def _parts(room: nn.Module) -> list[nn.Module]:

@@ -50,8 +50,11 @@ class HeldOut:
         batch_tokens: int,
         pad_id: int,
         image_token_id: int,
+        audio_token_id: int | None = None,
         weights: Sequence[float] | None = None,
         patches: int | None = None,
+        frames: int | None = None,
+        complete: Callable[[list[Row]], list[Row]] | None = None,
         seed: int = 0,
         skip_bad: bool = False,
         precision: Precision = "float32",
@@ -69,8 +72,11 @@ class HeldOut:
             batch_tokens: positions of a batch.
             pad_id: token that fills rows.
             image_token_id: the placeholder's token.
+            audio_token_id: the same for sounds; None: the model does not hear.
             weights: of the sources.
             patches: image patches that a row may hold.
+            frames: frames of sound that a row may hold.
+            complete: as for ``Loader``.
             seed: fixes the choice.
             skip_bad: leave out rows that cannot be read, in place of an error; they stand in ``left_out``.
             precision: what the passes compute in.
@@ -84,9 +90,9 @@ class HeldOut:
         self.left_out: list[tuple[str, str]] = []
         """Samples that could not be read or are longer than a row, and why."""
         self.skip_bad, self.precision = skip_bad, precision
-        self._seq_len, self._patches = seq_len, patches
+        self._seq_len, self._patches, self._frames, self._complete = seq_len, patches, frames, complete
         self._rows = max(batch_tokens // seq_len, 1)
-        self._pad_id, self._image_token_id = pad_id, image_token_id
+        self._pad_id, self._image_token_id, self._audio_token_id = pad_id, image_token_id, audio_token_id
         self._kept: list[Batch] | None = None
 
     def look(self, objective: Objective, stage: str, world: World = ALONE) -> None:
@@ -112,14 +118,15 @@ class HeldOut:
 
         Returns:
             Plain numbers, always equally many: sum and count of each loss of ``objective``, and then of the
-            text loss of each source without and with a picture. See :meth:`row`.
+            text loss of each source without media, with a picture, with a sound, and with both. See
+            :meth:`row`.
 
         Raises:
             DataError: a sample cannot be read, and bad ones are not skipped.
         """
         device = device or objective.device
         names = list(objective.counts([]))
-        first, pairs = len(names), len(names) + 2 * len(self.sources)
+        first, pairs = len(names), len(names) + 4 * len(self.sources)
         sums = torch.zeros(pairs, dtype=torch.float64, device=device)
         counts = torch.zeros(pairs, dtype=torch.float64)
         with unchanged(objective), torch.no_grad():
@@ -148,12 +155,10 @@ class HeldOut:
             measured: what :meth:`measure` gave, added up over ranks.
         """
         pairs = list(zip(measured[::2], measured[1::2], strict=True))
-        first = len(pairs) - 2 * len(self.sources)
+        first = len(pairs) - 4 * len(self.sources)
         if not any(count for _, count in pairs[:first]):
             raise DataError(self._nothing(stage))
-        groups = {
-            (n // 2, bool(n % 2)): (total, int(count)) for n, (total, count) in enumerate(pairs[first:])
-        }
+        groups = {(n // 4, n % 4): (total, int(count)) for n, (total, count) in enumerate(pairs[first:])}
         return {
             "stage": stage,
             "step": step,
@@ -170,7 +175,13 @@ class HeldOut:
         kept: list[Batch] | None = []
         size = 0
         for rows in self._packed():
-            batch = collate(rows, self._pad_id, self._image_token_id, num_sources=len(self.sources))
+            batch = collate(
+                rows if self._complete is None else self._complete(rows),
+                self._pad_id,
+                self._image_token_id,
+                num_sources=len(self.sources),
+                audio_token_id=self._audio_token_id,
+            )
             if kept is not None:
                 size += _bytes(batch)
                 kept = [*kept, batch] if size <= KEPT_BYTES else None
@@ -183,7 +194,7 @@ class HeldOut:
         return torch.autocast(device.type, DTYPES[self.precision])
 
     def _packed(self) -> Iterator[list[Row]]:
-        packer = Packer(self._seq_len, self._patches)
+        packer = Packer(self._seq_len, self._patches, frames=self._frames)
         ready: list[Row] = []
         for number, draw in enumerate(self.draws):
             if (encoded := self._encode(draw)) is None:

@@ -221,8 +221,8 @@ def check(recipe: Recipe, composed: Composed, first: int = 0, world: World = ALO
                 fetch(stage.teacher.path, f"stages.{stage.name}.teacher.path")
             _check_sharding(recipe, stage)
             trainable(composed.model, stage.train, stage.weight_decay, heads, stage.only, names)
-            if stage.cache and composed.model.config.vision_config is None:
-                raise RecipeError("'cache' keeps what a vision tower says, and this model has none")
+            if stage.cache and not composed.model.model.towers:
+                raise RecipeError("'cache' keeps what towers say, and this model has none")
             loader = stage_loader(recipe, index, composed, world)
             if stage.steps is None and loader.total_draws is None:
                 raise RecipeError(

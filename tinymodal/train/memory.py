@@ -160,12 +160,19 @@ def _alone(objective: Objective, stage: Stage) -> Iterator[None]:
         objective.teacher = Itself(objective, stage.teacher.temperature, stage.teacher.top_k)
     for layer in rounded:
         layer.forward = partial(_as_whole, layer)
+    mouth: Any = getattr(objective.model, "speech_head", None)
+    aligns = hasattr(mouth, "align")
+    if aligns:
+        # Its sizes depend on what tensors hold, which here is nothing.
+        mouth.align = _aligned
     try:
         yield
     finally:
         objective.reference, objective.teacher = reference, teacher
         for layer in rounded:
             del layer.forward
+        if aligns:
+            del mouth.align
 
 
 @torch.no_grad()
@@ -192,6 +199,27 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         return (gradient @ gradient.new_empty(ctx.shape)).to(ctx.dtype), None
+
+
+def _aligned(said_LZV: Tensor, units_G: Tensor, places: Sequence[int], frames: Sequence[int]) -> Tensor:
+    found: Tensor = _Aligned.apply(said_LZV, max(frames))
+    return found
+
+
+class _Aligned(torch.autograd.Function):
+    """CTC: either pass holds a number for each place, answer, and unit or gap between units."""
+
+    @staticmethod
+    def forward(ctx: Any, said_LZV: Tensor, longest: int) -> Tensor:
+        length, answers, _ = said_LZV.shape
+        ctx.save_for_backward(said_LZV, said_LZV.new_empty(answers, length, 2 * longest + 1))
+        return said_LZV.new_empty(answers)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        said_LZV, ways = ctx.saved_tensors
+        torch.empty_like(ways)
+        return torch.empty_like(said_LZV), None
 
 
 def measured(step: Callable[[], object]) -> int:
@@ -245,6 +273,12 @@ def _repeated(batch: Batch, rows: int) -> Batch:
     lengths = tuple(batch.lengths[n] for n in chosen)
     reach = tuple(batch.reach[n] for n in chosen) if batch.reach else ()
 
+    # Answers as they are, over and over: how long each is decides what is computed.
+    answers = max(round(len(batch.speech_tokens) * times), 1) if batch.speech_tokens else 0
+    own = range(len(batch.speech_tokens))
+    tokens = tuple(batch.speech_tokens[own[n % len(own)]] for n in range(answers))
+    frames = tuple(batch.speech_frames[own[n % len(own)]] for n in range(answers))
+
     def longer(name: str, value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(longer(name, one) for one in value)
@@ -253,15 +287,20 @@ def _repeated(batch: Batch, rows: int) -> Batch:
         first = max(round(value.shape[0] * times), 1 if value.shape[0] else 0)
         if reach and name.startswith("target_"):
             first = sum(count for _, count in reach)
+        if name == "speech_codes":
+            return torch.zeros(len(value), sum(frames), dtype=value.dtype)
+        if name in ("speech_take", "speech_voices"):
+            first = sum(tokens) if name == "speech_take" else len(tokens)
         return torch.empty((first, *value.shape[1:]), dtype=value.dtype)
 
     found = {
         field.name: longer(field.name, value)
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor | tuple)
-        and field.name not in ("sample_ids", "lengths", "reach")
+        and field.name not in ("sample_ids", "lengths", "reach", "speech_tokens", "speech_frames")
     }
-    return dataclasses.replace(batch, **found, lengths=lengths, reach=reach)
+    found |= {"speech_tokens": tokens, "speech_frames": frames, "lengths": lengths, "reach": reach}
+    return dataclasses.replace(batch, **found)
 
 
 def _documents_of_rows(batch: Batch) -> list[list[int]]:

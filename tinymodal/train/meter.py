@@ -23,8 +23,10 @@ TIMED = frozenset(
 )
 """Keys of a row that two exact repetitions need not share."""
 
-MODALITIES = ("text", "image")
-"""What a document is called without a picture, and with one."""
+MODALITIES = ("text", "image", "audio")
+"""What a document is called without media, with a picture, with a sound. One with both is called both."""
+CALLED = (("text",), ("image",), ("audio",), ("image", "audio"))
+"""The same by the number of ``step.Groups``."""
 
 
 class Meter:
@@ -114,8 +116,8 @@ class Meter:
 def by_group(prefix: str, groups: Groups, sources: Sequence[str]) -> dict[str, float]:
     """Mean loss of every source and modality that had a target: ``loss/captions``, ``loss/image``."""
     sums: dict[str, tuple[float, int]] = {}
-    for (source, image), (total, count) in groups.items():
-        for name in (sources[source], MODALITIES[image]):
+    for (source, kinds), (total, count) in groups.items():
+        for name in (sources[source], *CALLED[kinds]):
             had, num = sums.get(name, (0.0, 0))
             sums[name] = (had + total, num + count)
     order = (*sources, *MODALITIES)

@@ -3,19 +3,22 @@
 ``text`` is the cross entropy of the next token, at the positions that train and nowhere else: only they
 reach the language head. ``cells`` is what each image token shows, known for made pictures only: one linear
 head per question, straight on the connector's output. It teaches a tower to see before any language model
-looks, and does not run one. ``dpo`` is in ``preference.py``, ``distill`` in ``teacher.py``.
+looks, and does not run one. ``speech`` is how unlikely the speech head finds the codec's frames of spoken
+answers; it reads states that the text loss reads anyway, and changes no text. ``dpo`` is in
+``preference.py``, ``distill`` in ``teacher.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinymodal.core.errors import DataError
+from tinymodal.core.errors import DataError, RecipeError
 from tinymodal.core.types import IGNORE, Batch
 from tinymodal.train import packed
 from tinymodal.train.loss import head_cross_entropy, linear_cross_entropy, target_log_probs
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
     from tinymodal.model.modeling_tinymodal import TinyModalForConditionalGeneration
     from tinymodal.train.teacher import Teacher
 
-# Shapes: B rows, T positions, I pictures, S tokens a picture, D language width, N positions that train.
+# Shapes: B rows, T positions, I pictures, S tokens a picture, D language width, N positions that train, P of
+# them tokens of spoken answers.
+
+Perceived = dict[str, tuple[Tensor, ...]]
+"""Kind of media -> what the language model perceives of them, [I, S, D] for each size of tile."""
 
 
 class Terms(NamedTuple):
@@ -73,8 +80,11 @@ class Objective(nn.Module):
 
         Args:
             model: trained in place.
-            losses: of ``text``, ``cells``, ``dpo`` and ``distill``, whose means are added.
+            losses: of ``text``, ``cells``, ``dpo``, ``distill`` and ``speech``, whose means are added.
             cell_classes: classes of each question of ``cells``.
+
+        Raises:
+            RecipeError: ``speech`` of a model without a speech head.
         """
         super().__init__()
         self.model = model
@@ -87,8 +97,15 @@ class Objective(nn.Module):
         self.teacher: Teacher | None = None
         """For ``distill``."""
         self.heads: CellHeads | None = None
+        self.always_speaks = False
+        """Give the speech head a gradient of zero where nothing is spoken: shards are added up together."""
         self.packing: packed.Packing | None = None
         """How documents are kept apart; None: by positions and a mask. See ``lean.py``."""
+        if "speech" in self.losses and self._mouth is None:
+            raise RecipeError(
+                "the loss 'speech' needs a model that speaks, and this one has no speech head; add "
+                "[model.speech], or leave 'speech' out of the loss."
+            )
         if "cells" in self.losses:
             width = int(model.get_input_embeddings().embedding_dim)  # type: ignore[arg-type]
             self.heads = CellHeads(width, cell_classes).to(self.device)
@@ -96,6 +113,10 @@ class Objective(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def _mouth(self) -> Any:
+        return getattr(self.model, "speech_head", None)
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """Targets of each loss in all of ``batches``, counted where they were made, on the CPU."""
@@ -105,33 +126,39 @@ class Objective(nn.Module):
                 counts[loss] = sum(batch.num_targets for batch in batches)
             elif loss == "dpo":
                 counts[loss] = sum(map(_count_pairs, batches))
+            elif loss == "speech":
+                counts[loss] = sum(map(self._count_speech, batches))
             else:
                 counts[loss] = sum(self._count_cells(batch) for batch in batches)
         return counts
 
     def forward(self, batch: Batch) -> Terms:
         """The losses of one batch, summed over its targets."""
-        seen = self._see(batch)
         sums: dict[str, Tensor] = {}
         measures: dict[str, Tensor] = {}
         per_target_N: Tensor | None = None
-        if self.reads_words:
-            states_ND = self._states(self._embedded(batch, seen), batch)
+        with torch.no_grad() if self._only_mouth_trains else nullcontext():
+            perceived = self._perceive(batch)
+            states_ND = self._states(self._embedded(batch, perceived), batch) if self.reads_words else None
+        if states_ND is not None:
             if "text" in self.losses:
                 per_target_N = torch.empty(len(batch.target_ids), device=self.device)
                 sums["text"] = self._text(states_ND, batch, per_target_N)
             if "dpo" in self.losses:
                 found = self._preference(states_ND, batch)
                 sums["dpo"] = found.loss
-                measures = {"dpo_right": found.right, "dpo_margin": found.margin}
+                measures |= {"dpo_right": found.right, "dpo_margin": found.margin}
             if "distill" in self.losses:
                 assert self.teacher is not None, "the loss 'distill' needs a teacher"
                 sums["distill"] = self.teacher.divergence(states_ND, self.model.head, batch)
+            if "speech" in self.losses:
+                sums["speech"], told = self._speech(states_ND, batch)
+                measures |= told
         if self.heads is not None:
-            if seen is None or batch.image_targets is None:
+            if "image" not in perceived or batch.image_targets is None:
                 sums["cells"] = torch.zeros((), device=self.device)
             else:
-                (images_ISD,) = seen  # pictures with targets are one tile of one size
+                (images_ISD,) = perceived["image"]  # pictures with targets are one tile of one size
                 sums["cells"] = self.heads(images_ISD, batch.image_targets)
         return Terms({loss: sums[loss] for loss in self.losses}, per_target_N, measures)
 
@@ -140,30 +167,67 @@ class Objective(nn.Module):
         """Whether any loss runs the language model."""
         return any(loss != "cells" for loss in self.losses)
 
+    @property
+    def _only_mouth_trains(self) -> bool:
+        """Whether no gradient is asked of what the speech head reads."""
+        return self.losses == ("speech",) and not any(p.requires_grad for p in self.model.model.parameters())
+
     def states(self, batch: Batch) -> Tensor:
         """The decoder's last states where the next token trains, [N, D]."""
-        return self._states(self._embedded(batch, self._see(batch)), batch)
+        return self._states(self._embedded(batch, self._perceive(batch)), batch)
 
     def log_probs(self, states_ND: Tensor, batch: Batch) -> Tensor:
         """Log-probability of each target, float32 [N]."""
         model = self.model
         return target_log_probs(states_ND, model.head, batch.target_ids, len(model.head_weight()))
 
-    def _see(self, batch: Batch) -> tuple[Tensor, ...] | None:
-        """What the language model sees of the pictures; None where there are none."""
-        if batch.image_features is not None:
-            return self.model.model.connect("image", batch.image_features)
-        if batch.pixel_values is not None:
-            return self.model.model.perceive("image", batch.pixel_values)
-        return None
+    def _perceive(self, batch: Batch) -> Perceived:
+        """What the language model perceives of pictures and sounds; nothing of a kind that is not there."""
+        model = self.model.model
+        found: Perceived = {}
+        for kind, values, features in (
+            ("image", batch.pixel_values, batch.image_features),
+            ("audio", batch.audio_values, batch.audio_features),
+        ):
+            if features is not None:
+                found[kind] = model.connect(kind, features)
+            elif values is not None:
+                found[kind] = model.perceive(kind, values)
+        return found
 
-    def _embedded(self, batch: Batch, seen: tuple[Tensor, ...] | None) -> Tensor:
-        """Words and pictures in their places, [B, T, D]."""
+    def _embedded(self, batch: Batch, perceived: Perceived) -> Tensor:
+        """Words, pictures and sounds in their places, [B, T, D]."""
         model = self.model.model
         x_BTD: Tensor = model.get_input_embeddings()(batch.input_ids)
-        if seen is not None:
-            x_BTD = model.place(x_BTD, model.bank("image", seen), batch.image_take, batch.image_put)
+        places: dict[str, tuple[Any, Any]] = {
+            "image": (batch.image_take, batch.image_put),
+            "audio": (batch.audio_take, batch.audio_put),
+        }
+        for kind, embeddings in perceived.items():
+            x_BTD = model.place(x_BTD, model.bank(kind, embeddings), *places[kind])
         return x_BTD
+
+    def _speech(self, states_ND: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The speech head's loss and what it tells beside it; zeros where nothing is spoken."""
+        mouth, take_P = self._mouth, batch.speech_take
+        if take_P is None:
+            nothing = loss = torch.zeros((), device=self.device)
+            if self.always_speaks:
+                loss = 0.0 * states_ND.sum()
+                loss = loss + sum(0.0 * p.flatten()[:1].sum() for p in mouth.parameters() if p.requires_grad)
+            # The same names on every rank and in every micro-batch: they are added up by place.
+            return loss, dict.fromkeys(mouth.measures, nothing)
+        with torch.no_grad():
+            words_PD = self.model.get_input_embeddings()(batch.target_ids.index_select(0, take_P))
+        loss, _, told = mouth.loss(
+            states_ND.index_select(0, take_P),
+            words_PD,
+            batch.speech_tokens,
+            batch.speech_codes,
+            batch.speech_frames,
+            batch.speech_voices,
+        )
+        return loss, told
 
     def _preference(self, states_ND: Tensor, batch: Batch) -> Preferred:
         if self.reference is None:
@@ -207,6 +271,32 @@ class Objective(nn.Module):
         if take_M is not None:
             index_N = packed.places(take_M, index_N, batch.input_ids.numel())
         return states_1MD[0].index_select(0, index_N)
+
+    def _count_speech(self, batch: Batch) -> int:
+        """What the speech loss of a batch is a sum over; refuses frames that the head cannot say."""
+        mouth, codes_QG, voices_Z = self._mouth, batch.speech_codes, batch.speech_voices
+        if codes_QG is None or voices_Z is None:
+            return 0
+        if len(codes_QG) < mouth.books:
+            raise DataError(
+                f"{batch.sample_ids[0]}: spoken answers of {len(codes_QG)} codebooks, but the speech head "
+                f"speaks {mouth.books}; encode them with the model's own codec."
+            )
+        lowest, highest = int(codes_QG.min()), int(codes_QG.max())
+        if lowest < 0 or highest >= mouth.book_size:
+            raise DataError(
+                f"{batch.sample_ids[0]}: spoken answers with code {lowest if lowest < 0 else highest}, but "
+                f"codes of the speech head are 0 to {mouth.book_size - 1}; encode them with the model's own "
+                f"codec."
+            )
+        known = max(1, len(mouth.voices))
+        if not 0 <= int(voices_Z.min()) <= int(voices_Z.max()) < known:
+            raise DataError(
+                f"{batch.sample_ids[0]}: spoken answers in voices {sorted(set(voices_Z.tolist()))}, but the "
+                f"speech head has {known}; name all of them in model.speech.voices."
+            )
+        count: int = mouth.count(batch.speech_frames)
+        return count
 
     def _count_cells(self, batch: Batch) -> int:
         """Labels of ``cells`` in a batch; refuses those that no class stands for."""

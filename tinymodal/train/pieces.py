@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, mode
 
 from tinymodal.core.lookup import nearest
 
-Group = Literal["vision", "connectors", "language", "embeddings", "adapters", "heads"]
-GROUPS: tuple[Group, ...] = ("vision", "connectors", "language", "embeddings", "adapters", "heads")
-PARTS = ("vision", "connectors", "language")
+Group = Literal["vision", "audio", "connectors", "language", "embeddings", "speech", "adapters", "heads"]
+GROUPS: tuple[Group, ...] = (
+    "vision", "audio", "connectors", "language", "embeddings", "speech", "adapters", "heads",
+)  # fmt: skip
+PARTS = ("vision", "audio", "connectors", "language")
 """Groups that are rooms of the model: of these a stage may train less than all, or adapters instead."""
-Loss = Literal["text", "cells", "dpo", "distill"]
+Loss = Literal["text", "cells", "dpo", "distill", "speech"]
 
 # Strict scalars: "10" is not 10 and true is not 1. Whole numbers are welcome where a float is asked for.
 Count = Annotated[int, Strict(), Field(gt=0)]
@@ -22,12 +24,41 @@ Natural = Annotated[int, Strict(), Field(ge=0)]
 Rate = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, le=1)]
 Flag = Annotated[bool, Strict()]
+Factor = Annotated[float, Strict(), Field(ge=0.25, le=4)]
+Decibel = Annotated[float, Strict(), Field(ge=-60, le=100)]
 
 
 class Value(BaseModel):
     """Frozen, and no key that nobody knows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Augment(Value):
+    """How sounds are changed at random, anew each time they are drawn. What is left out is not changed."""
+
+    speed: tuple[Factor, Factor] | None = None
+    """Least and greatest factor on the speed; the pitch goes with it."""
+    gain_db: tuple[Decibel, Decibel] | None = None
+    """Least and greatest change of loudness."""
+    noise_db: tuple[Decibel, Decibel] | None = None
+    """Least and greatest ratio of the sound to white noise that is added."""
+    time_masks: Natural = 0
+    """SpecAugment (arXiv:1904.08779): so many stretches of the log-mel are silenced, see ``time_mask_s``."""
+    time_mask_s: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 0.5
+    """Longest of them."""
+    band_masks: Natural = 0
+    """So many runs of mel bands are silenced."""
+    band_mask: Count = 8
+    """Bands in the widest of them."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augment:
+        for key in ("speed", "gain_db", "noise_db"):
+            ends = getattr(self, key)
+            if ends is not None and ends[0] > ends[1]:
+                raise ValueError(f"{key} is [least, greatest], got {list(ends)}")
+        return self
 
 
 class Source(Value):
@@ -46,12 +77,17 @@ class Source(Value):
     revision: str | None = None
     """Of the ``hub`` data set: a commit, so that the rows are the same next year."""
     format: str | None = None
-    """``llava``, ``messages``, ``caption``, ``vqa``, or your own ``my_rows.py:convert``."""
+    """``llava``, ``messages``, ``caption``, ``vqa``, ``preference``; of sounds ``asr``, ``audio_qa``,
+    ``audio_caption``, ``spoken``, ``tts``; or your own ``my_rows.py:convert``."""
     images: str | None = None
     """Folder that relative picture paths are looked up in, after the data file's own folder: first
     by the whole path, then by the file name alone."""
+    sounds: str | None = None
+    """The same for sounds."""
+    augment: Augment | None = None
+    """How its sounds are changed at random; None: never. ``{ speed = [0.9, 1.1] }``"""
     made: str | None = None
-    """Name of a generator in ``tinymodal.data.synthetic.MADE``, or your own ``my_data.py:Make``."""
+    """Name of a generator in ``tinymodal.data.sounds.MADE``, or your own ``my_data.py:Make``."""
     options: dict[str, Any] = {}
     """Keyword arguments of the generator."""
     weight: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -67,15 +103,18 @@ class Source(Value):
             raise ValueError(f"a source has either 'path', 'hub' or 'made', found {found}")
         if self.made is None and self.format is None:
             raise ValueError(
-                f"'{given[0]}' needs 'format': llava, messages, caption, vqa or my_rows.py:convert"
+                f"'{given[0]}' needs 'format': llava, messages, caption, vqa, asr (docs/data-formats.md has "
+                f"all) or my_rows.py:convert"
             )
         for key in ("subset", "revision"):
             if getattr(self, key) is not None and self.hub is None:
                 raise ValueError(f"'{key}' is for 'hub' sources; this one has '{given[0]}'")
         if self.made is None and self.options:
             raise ValueError(f"'options' are for 'made' sources; this one has '{given[0]}'")
-        if self.made is not None and (self.format is not None or self.images is not None):
-            raise ValueError("'format' and 'images' are for 'path' sources; this one is 'made'")
+        if self.made is not None:
+            for key in ("format", "images", "sounds"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"'{key}' is for 'path' and 'hub' sources; this one is 'made'")
         return self
 
     @property

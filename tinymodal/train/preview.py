@@ -1,4 +1,4 @@
-"""What a recipe will do, before it does it: who trains, what a picture costs, what one row says.
+"""What a recipe will do, before it does it: who trains, what pictures and sounds cost, what one row says.
 
 The row is the first that training will see, as the language model reads it: every character of every
 document, and which of them train. Looking at it once finds what no number shows: a template that does not
@@ -38,6 +38,8 @@ MANY_SIZES = ("anyres", "slices", "tiles", "native")
 """Ways to prepare a picture in which its own size decides how many tokens it takes."""
 TYPICAL_PX = ((480, 640), (1080, 1920), (2200, 1700))
 """Height and width of a small photograph, a screen, and a scanned page."""
+TYPICAL_S = (2.0, 10.0)
+"""Seconds of a question and of a few sentences."""
 TYPICAL_ROWS = 4
 """From which the memory of a step is told: pictures lie unevenly in rows."""
 SHOWN_CHARACTERS = 6_000
@@ -116,6 +118,28 @@ def _print_parts(composed: Composed, out: Console) -> None:
             seen = seen_by_tower(found.feature_grids)
             counted = f"{grid} = {found.tokens:,}" if grid else f"{found.tokens:,}"
             out.print(f"a picture of {height}x{width} px: {seen} -> {counted} tokens", markup=False)
+    ear = composed.processor.feature_extractor
+    if ear is not None:
+        hz, window_s = ear.hearing.rate_hz, ear.hearing.window / ear.hearing.rate_hz
+        out.print(
+            f"a sound: {ear.tokens_per_s:.4g} tokens a second of {ear.typical().patches / window_s:.4g} "
+            f"positions, heard in windows of at most {window_s:g} s",
+            markup=False,
+        )
+        for seconds in TYPICAL_S:
+            found = ear.layout(round(seconds * hz))
+            several = f" in {len(found.windows)} windows" if len(found.windows) > 1 else ""
+            out.print(
+                f"a sound of {seconds:g} s: {found.patches:,} positions{several} -> {found.tokens:,} tokens",
+                markup=False,
+            )
+    if composed.codec is not None and composed.model.speech_head is not None:
+        codec, head = composed.codec, composed.model.speech_head
+        out.print(
+            f"an answer aloud: {codec.frames_per_s:g} frames a second of {head.books} codes of "
+            f"{head.book_size:,}, at {codec.rate_hz:,} Hz",
+            markup=False,
+        )
 
 
 def _print_memory(found: Memory, out: Console) -> None:
@@ -183,7 +207,7 @@ def _print_row(stage: Stage, composed: Composed, row: Sequence[Sample], batch: B
     trained = int((batch.labels != IGNORE).sum())
     out.print(
         f"  first row: {len(row)} documents, {batch.num_tokens:,} of {stage.seq_len:,} positions, "
-        f"{trained:,} train ({'green' if out.color_system else 'between « and »'})",
+        f"{trained:,} train{_spoken(batch)} ({'green' if out.color_system else 'between « and »'})",
         markup=False,
     )
     left = SHOWN_CHARACTERS
@@ -205,6 +229,13 @@ def _print_row(stage: Stage, composed: Composed, row: Sequence[Sample], batch: B
     rest = sum(len(piece.text) for pieces in documents for piece in pieces) - SHOWN_CHARACTERS
     if rest > 0:
         out.print(f"  ... and {rest:,} characters more", markup=False)
+
+
+def _spoken(batch: Batch) -> str:
+    """What is spoken of a row, in words."""
+    if not batch.speech_frames:
+        return ""
+    return f", {len(batch.speech_frames)} spoken in {sum(batch.speech_frames):,} frames"
 
 
 def _runs(pieces: Sequence[Piece]) -> list[Piece]:

@@ -17,6 +17,7 @@ from tinymodal.core.lookup import nearest
 from tinymodal.train.pieces import (
     GROUPS,
     PARTS,
+    Augment,
     Choice,
     Count,
     Flag,
@@ -36,6 +37,7 @@ from tinymodal.train.pieces import (
 __all__ = [
     "GROUPS",
     "PARTS",
+    "Augment",
     "Choice",
     "Group",
     "Lora",
@@ -67,14 +69,14 @@ class Stage(Value):
     name: str
     """Names the folder ``run/stages/<name>``: letters, digits, ``-`` and ``_``."""
     train: dict[str, Rate]
-    """Group -> peak learning rate; what is not listed, or has rate 0, is frozen. Groups: vision, connectors
-    (with the learned marks), language (the decoder, and its embeddings unless they are listed or ``only``
-    names language), embeddings (token embeddings and language head), adapters (of ``lora``), heads (the cell
-    heads)."""
+    """Group -> peak learning rate; what is not listed, or has rate 0, is frozen. Groups: vision, audio
+    (the two towers), connectors (with the learned marks), language (the decoder, and its embeddings unless
+    they are listed or ``only`` names language), embeddings (token embeddings and language head), speech (the
+    speech head), adapters (of ``lora``), heads (the cell heads)."""
     only: dict[str, str] = {}  # noqa: RUF012 - pydantic copies it
     """Group -> what of it trains, where that is not all of it: ``from layer 12`` (that block, counted from 0,
     and the ones behind it), ``norms`` (their weights), ``norms with biases``, ``named proj, query`` (modules
-    or parameters of these names). For vision, connectors and language."""
+    or parameters of these names). For vision, audio, connectors and language."""
     lora: Lora | None = None
     """Adapters, with the rate ``train.adapters``: ``{ rank = 64 }``. Merged when the stage ends."""
     bits: Literal[4, 8] | None = None
@@ -100,6 +102,8 @@ class Stage(Value):
     the first step. The gradient is the same."""
     patches: Count | None = None
     """Image patches in a row at most, the packer's second budget; None: no limit."""
+    frames: Count | None = None
+    """Positions of the audio tower in a row at most, the packer's third budget; None: no limit."""
     template: str | None = None
     """Chat template of this stage, e.g. ``plain`` for captions; None: the model's own."""
     train_on: Literal["answers", "all"] = "answers"
@@ -108,7 +112,7 @@ class Stage(Value):
     loss: tuple[Loss, ...] = ("text",)
     """``text``: next token where a label is. ``cells``: what each image token shows (made data only).
     ``dpo``: of two answers the chosen one becomes likelier. ``distill``: next tokens as a ``teacher`` has
-    them."""
+    them. ``speech``: the codec's frames of spoken answers."""
     loss_weights: dict[Loss, Rate] = {}  # noqa: RUF012 - pydantic copies it
     """Loss -> what it counts in the sum; 1 if it is not listed."""
     beta: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 0.1
@@ -143,7 +147,8 @@ class Stage(Value):
     """``skip``: a row that cannot be read is left out, counted, and listed in ``run/skipped.jsonl``. A
     number: so many at most."""
     cache: Flag = False
-    """Keep the features of the frozen tower on disk, and encode no picture twice; see ``docs/cache.md``."""
+    """Keep the features of frozen towers on disk, and encode no picture or sound twice; see
+    ``docs/cache.md``."""
     cache_dtype: Literal["bfloat16", "float8"] = "bfloat16"
     """What features are kept in; training reads them so from the first time on."""
     held_out: tuple[Source, ...] = ()
@@ -241,9 +246,15 @@ class Stage(Value):
         unread = [name for name in self.loss_weights if name not in self.loss]
         if unread:
             raise ValueError(f"loss_weights.{unread[0]} has a weight, but it is not in 'loss'")
-        if self.cache and (self.train.get("vision") or (self.lora and "vision" in self.lora.parts)):
+        for part in ("vision", "audio"):
+            if self.cache and (self.train.get(part) or (self.lora and part in self.lora.parts)):
+                raise ValueError(
+                    f"'cache' keeps what the towers say, but the {part} tower trains in this stage; take one "
+                    f"out"
+                )
+        if self.train.get("speech") and "speech" not in self.loss:
             raise ValueError(
-                "'cache' keeps what the tower says, but the tower trains in this stage; take one out"
+                "'train.speech' has a rate, but only the speech loss trains it; add it: loss = ['speech']"
             )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(
@@ -261,7 +272,7 @@ class Stage(Value):
         idle = [f"train.{g}" for g in ("language", "embeddings") if self.train.get(g)]
         if self.lora is not None and "language" in self.lora.parts:
             idle.append("train.adapters")
-        if self.loss == ("cells",) and idle:
+        if self.loss in (("cells",), ("speech",)) and idle:
             raise ValueError(f"'{idle[0]}' has a rate, but only the text loss trains it; add 'text' to loss")
         return self
 
@@ -329,6 +340,15 @@ class Stage(Value):
         return micro, own // micro
 
 
+NEEDED = {
+    "vision": ("vision",),
+    "audio": ("audio",),
+    "connectors": ("vision", "audio"),
+    "speech": ("speech",),
+}
+"""Group -> parts of the model of which it needs one."""
+
+
 class Recipe(Value):
     """A run, complete on one screen."""
 
@@ -360,10 +380,11 @@ class Recipe(Value):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where the metrics go besides ``metrics.jsonl``."""
     cache_folder: str | None = None
-    """Where stages with ``cache`` keep features, for all runs; None: ``~/.cache/tinymodal/features``."""
+    """Where stages with ``cache`` keep features, and those that learn to speak codes, for all runs; None:
+    ``~/.cache/tinymodal/features``."""
     cache_gb: Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)] = 50.0
     """What this folder may hold; what was not used for longest goes first."""
-    parts: dict[Literal["vision", "language"], str] = {}  # noqa: RUF012 - pydantic copies it
+    parts: dict[Literal["vision", "audio", "language", "speech"], str] = {}  # noqa: RUF012 - pydantic copies it
     """Part -> folder that it is saved in alone, at the end of the run."""
 
     @field_validator("stages")
@@ -389,20 +410,25 @@ class Recipe(Value):
     def _parts_exist(self) -> Recipe:
         if self.model.path is not None:
             return self
+        model = self.model
         for i, stage in enumerate(self.stages):
-            for group in ("vision", "connectors"):
-                if stage.train.get(group) and self.model.vision is None:
+            for group, needed in NEEDED.items():
+                if any(getattr(model, part) is not None for part in needed):
+                    continue
+                without = " and ".join(f"no {part} part" for part in needed)
+                if stage.train.get(group):
                     raise ValueError(
-                        f"stages[{i}].train.{group} has a rate, but the model has no vision part; "
-                        f"add [model] vision = {{ path = ... }} or remove the group"
+                        f"stages[{i}].train.{group} has a rate, but the model has {without}; "
+                        f"add [model.{needed[0]}] or remove the group"
                     )
-                if stage.lora is not None and group in stage.lora.parts and self.model.vision is None:
+                if stage.lora is not None and group in stage.lora.parts:
                     raise ValueError(
-                        f"stages[{i}].lora.parts names {group}, but the model has no vision part; "
-                        f"add [model] vision = {{ path = ... }} or remove the part"
+                        f"stages[{i}].lora.parts names {group}, but the model has {without}; "
+                        f"add [model.{needed[0]}] or remove the part"
                     )
-        if "vision" in self.parts and self.model.vision is None:
-            raise ValueError("parts.vision is named, but the model has no vision part")
+        for part in ("vision", "audio", "speech"):
+            if part in self.parts and getattr(model, part) is None:
+                raise ValueError(f"parts.{part} is named, but the model has no {part} part")
         return self
 
     def essence(self) -> Recipe:

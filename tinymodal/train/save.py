@@ -236,7 +236,7 @@ def _on_cpu(composed: Composed) -> Composed:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
     # The tokenizer too: one that is asked while it is written may refuse.
-    return Composed(copy.deepcopy(model, memo), copy.deepcopy(composed.encoder))
+    return Composed(copy.deepcopy(model, memo), copy.deepcopy(composed.encoder), composed.codec)
 
 
 @torch.no_grad()

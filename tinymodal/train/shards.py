@@ -1,8 +1,9 @@
 """A piece of the model on every rank, gathered block by block: torch's FSDP2 (``fully_shard``).
 
 There the passes themselves are shared work: a block that one rank runs alone waits for the others for ever.
-So a rank that has no picture where another has one runs a blank tile, which no word looks at; its gradient is
-zero, and how often is agreed before the step.
+So a rank that has no picture or no sound where another has one runs a blank tile, which no word looks at; its
+gradient is zero, and how often is agreed before the step. Where only some ranks have spoken answers, the
+others give the speech head a gradient of zero as well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tinymodal.model.geometry import num_tokens
 from tinymodal.model.media import MediaEncoder
 from tinymodal.train.groups import blocks
 from tinymodal.train.precision import DTYPES, Precision
-from tinymodal.train.spread import Agreed, Shape, Spread, idle, local, tiles_of
+from tinymodal.train.spread import FIELDS, Agreed, Calls, Shape, Spread, idle, local, tiles_of
 from tinymodal.train.world import World
 
 if TYPE_CHECKING:
@@ -62,10 +63,16 @@ class Shards(Spread):
         model = objective.model.model
         towers = [t for t in model.towers.values() if isinstance(t, MediaEncoder)]
         trained = [tower for tower in towers if any(p.requires_grad for p in tower.parameters())]
-        self._tower_is_shared = bool(trained)
-        seeing = [*towers, *model.connectors.values(), *model.marks.values()]
+        kinds = {id(tower): kind for kind, tower in model.towers.items()}
+        self._shared = {kinds[id(tower)] for tower in trained}
+        """Kinds of media whose tower lies in pieces."""
         heads = [objective.heads] if objective.heads is not None else []
-        self._sight_trains = any(p.requires_grad for part in (*seeing, *heads) for p in part.parameters())
+        self._perceiving = {
+            kind
+            for kind in model.towers
+            if any(p.requires_grad for part in _senses(objective, kind, heads) for p in part.parameters())
+        }
+        """Kinds of media of which something trains before the words."""
         whole = {p for tower in towers if tower not in trained for p in tower.parameters()}
         whole |= {p for m in objective.modules() if is_quantized(m) for p in m.parameters(recurse=False)}
         for parameter in whole:
@@ -104,32 +111,36 @@ class Shards(Spread):
 
     def passes(self, batches: Sequence[Batch], agreed: Agreed) -> list[Batch]:
         padded = [*batches, *(idle() for _ in range(agreed.num_passes - len(batches)))]
-        calls = list(agreed.calls)
-        shown = [smallest for num, smallest in calls if num]
-        if not self._sight_trains or not shown:
-            return padded
-        if not calls[-1][0]:
-            # Gradients are summed in the last pass, so what an earlier one used must take part in it.
-            calls[-1] = (1, shown[0])
-        return [
-            self._with_blanks(batch, num, smallest, agreed.features)
-            for batch, (num, smallest) in zip(padded, calls, strict=True)
-        ]
+        self.objective.always_speaks = agreed.counts.get("speech", 0) > 0
+        for kind in sorted(self._perceiving):
+            calls = [each[kind] for each in agreed.calls]
+            shown = [call for call in calls if call.most]
+            if not shown:
+                continue
+            if not calls[-1].most:
+                # Gradients are summed in the last pass, so what an earlier one used must take part in it.
+                calls[-1] = Calls(1, shown[0].smallest)
+            padded = [
+                self._with_blanks(batch, kind, call, kind in agreed.features)
+                for batch, call in zip(padded, calls, strict=True)
+            ]
+        return padded
 
-    def _with_blanks(self, batch: Batch, num: int, tile: Shape, features: bool) -> Batch:
-        """``batch`` with so many blank tiles that towers and connectors run as often as on other ranks."""
-        own = tiles_of(batch)
-        wanted = num if self._tower_is_shared and not features else min(num, 1)
+    def _with_blanks(self, batch: Batch, kind: str, call: Calls, features: bool) -> Batch:
+        """``batch`` with so many blank tiles that tower and connector run as often as on other ranks."""
+        own, tile = tiles_of(batch, kind), call.smallest
+        wanted = call.most if kind in self._shared and not features else min(call.most, 1)
         missing = wanted - len(own)
         if missing <= 0:
             return batch
         device, heads = batch.input_ids.device, self.objective.heads
         blank = torch.zeros(1, *tile, device=device)
-        tokens = self._tokens(tile, features)
-        take, put, targets = batch.image_take, batch.image_put, batch.image_targets
+        tokens = self._tokens(kind, tile, features)
+        take, put = getattr(batch, f"{kind}_take"), getattr(batch, f"{kind}_put")
+        targets = batch.image_targets
         if not own:
             take = put = torch.empty(0, dtype=torch.int64, device=device)
-            if heads is not None:
+            if heads is not None and kind == "image":
                 # Labels that say nothing: heads, connectors and tower get a gradient, and it is zero.
                 targets = torch.full((missing, tokens, len(heads.classes)), IGNORE, device=device)
         elif take is not None:
@@ -137,16 +148,16 @@ class Shards(Spread):
             take = take + missing * tokens
         tiles = (*[blank] * missing, *own)
         values = tiles[0] if len(tiles) == 1 else tiles
-        name = "image_features" if features else "pixel_values"
-        changed: dict[str, Any] = {name: values, "image_take": take, "image_put": put}
+        name = FIELDS[kind][features]
+        changed: dict[str, Any] = {name: values, f"{kind}_take": take, f"{kind}_put": put}
         return dataclasses.replace(batch, **changed, image_targets=targets)
 
-    def _tokens(self, tile: Shape, features: bool) -> int:
+    def _tokens(self, kind: str, tile: Shape, features: bool) -> int:
         """Embeddings that a tile gives."""
         model = self.objective.model.model
         if not features:
-            return model.tokens_of("image", (tile[-2], tile[-1]))
-        chosen = model.config.connectors["image"]
+            return model.tokens_of(kind, tile[1:])
+        chosen = model.config.connectors[kind]
         return num_tokens(find_connector(chosen["name"]).shrink(tile[:-1], **chosen["options"]))
 
     def before(self, last: bool) -> None:
@@ -169,6 +180,16 @@ class Shards(Spread):
 
     def norm(self, parameters: Sequence[Parameter], extras: Tensor) -> Tensor:
         return extras[0].sqrt().float()
+
+
+def _senses(objective: Objective, kind: str, heads: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The parts that media of a kind go through before they are words."""
+    body: Any = objective.model.model
+    for parts in (body.towers, body.connectors, body.marks):
+        if kind in parts:
+            yield parts[kind]
+    if kind == "image":
+        yield from heads
 
 
 def _single(tower: nn.Module) -> Iterator[nn.Module]:

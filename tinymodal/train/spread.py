@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from tinymodal.train.objective import Objective, Terms
 
 Shape = tuple[int, ...]
+FIELDS = {"image": ("pixel_values", "image_features"), "audio": ("audio_values", "audio_features")}
+"""Kind of media -> where a batch has them: as a tower takes them, and as it gives them."""
+RAW = {"image": "pixels", "audio": "samples"}
+
+
+class Calls(NamedTuple):
+    """What the ranks bring of one kind of media in one micro-batch."""
+
+    most: int
+    """How many shapes of tiles a rank brings at most."""
+    smallest: Shape
+    """The smallest tile of all; empty where there is none."""
 
 
 class Agreed(NamedTuple):
@@ -31,11 +43,11 @@ class Agreed(NamedTuple):
     num_passes: int
     """Micro-batches of the rank that has most."""
     num_groups: int
-    """Twice the sources of the stage; 0 where no batch says which are its targets'."""
-    calls: tuple[tuple[int, Shape], ...]
-    """Of each micro-batch: how many shapes of tiles a rank brings at most, and the smallest tile of all."""
-    features: bool
-    """Whether tiles come as a tower's features."""
+    """Four times the sources of the stage; 0 where no batch says which are its targets'."""
+    calls: tuple[Mapping[str, Calls], ...]
+    """Of each micro-batch, for every kind of media."""
+    features: frozenset[str]
+    """Kinds of media that come as a tower's features."""
     asked: bool
     """Whether any rank was asked to end."""
 
@@ -48,9 +60,9 @@ class _Said(NamedTuple):
     num_tokens: int
     num_positions: int
     num_groups: int
-    tiles: tuple[tuple[Shape, ...], ...]
-    features: bool
-    pixels: bool
+    tiles: tuple[dict[str, tuple[Shape, ...]], ...]
+    features: frozenset[str]
+    raw: frozenset[str]
     asked: bool
 
 
@@ -64,33 +76,36 @@ def agree(world: World, counts: dict[str, int], batches: Sequence[Batch], asked:
         asked: whether this rank was asked to end.
 
     Raises:
-        DataError: one rank has pixels and another features.
+        DataError: of one kind of media, one rank has what a tower takes and another what it gives.
     """
     said = _Said(
         counts=tuple(counts.values()),
         num_samples=sum(len(batch.sample_ids) for batch in batches),
         num_tokens=sum(batch.num_tokens for batch in batches),
         num_positions=sum(batch.input_ids.numel() for batch in batches),
-        num_groups=max((2 * b.num_sources for b in batches if b.target_group is not None), default=0),
-        tiles=tuple(tuple(tuple(same.shape[1:]) for same in tiles_of(batch)) for batch in batches),
-        features=any(batch.image_features is not None for batch in batches),
-        pixels=any(batch.pixel_values is not None for batch in batches),
+        num_groups=max((4 * b.num_sources for b in batches if b.target_group is not None), default=0),
+        tiles=tuple(
+            {kind: tuple(tuple(same.shape[1:]) for same in tiles_of(batch, kind)) for kind in FIELDS}
+            for batch in batches
+        ),
+        features=_has(batches, 1),
+        raw=_has(batches, 0),
         asked=asked,
     )
     everyone: list[_Said] = world.gather(said)
-    seen, raw = ([i for i, s in enumerate(everyone) if getattr(s, w)] for w in ("features", "pixels"))
-    if seen and raw:
-        raise DataError(
-            f"rank {seen[0]} has a tower's features in this step and rank {raw[0]} pixels; expected one or "
-            f"the other on all. Give every rank the cache, or none."
-        )
+    for kind in FIELDS:
+        seen = [i for i, s in enumerate(everyone) if kind in s.features]
+        raw = [i for i, s in enumerate(everyone) if kind in s.raw]
+        if seen and raw:
+            raise DataError(
+                f"rank {seen[0]} has a tower's features in this step and rank {raw[0]} {RAW[kind]}; expected "
+                f"one or the other on all. Give every rank the cache, or none."
+            )
     num_passes = max(len(s.tiles) for s in everyone)
     calls = []
     for i in range(num_passes):
         of_each = [s.tiles[i] for s in everyone if i < len(s.tiles)]
-        shapes = [shape for tiles in of_each for shape in tiles]
-        smallest = min(shapes, key=lambda s: (torch.Size(s).numel(), s), default=())
-        calls.append((max(map(len, of_each)), smallest))
+        calls.append({kind: _calls([tiles[kind] for tiles in of_each]) for kind in FIELDS})
     columns = zip(*(s.counts for s in everyone), strict=True)
     return Agreed(
         counts=dict(zip(counts, map(sum, columns), strict=True)),
@@ -100,21 +115,36 @@ def agree(world: World, counts: dict[str, int], batches: Sequence[Batch], asked:
         num_passes=num_passes,
         num_groups=max(s.num_groups for s in everyone),
         calls=tuple(calls),
-        features=bool(seen),
+        features=frozenset[str]().union(*(s.features for s in everyone)),
         asked=any(s.asked for s in everyone),
     )
 
 
-def tiles_of(batch: Batch) -> tuple[Tensor, ...]:
-    """What a batch shows, one tensor for each shape of tile: pixels or features."""
-    values = batch.pixel_values if batch.image_features is None else batch.image_features
+def _has(batches: Sequence[Batch], field: int) -> frozenset[str]:
+    return frozenset(
+        kind
+        for kind, fields in FIELDS.items()
+        if any(getattr(batch, fields[field]) is not None for batch in batches)
+    )
+
+
+def _calls(of_each: Sequence[tuple[Shape, ...]]) -> Calls:
+    shapes = [shape for tiles in of_each for shape in tiles]
+    smallest = min(shapes, key=lambda s: (torch.Size(s).numel(), s), default=())
+    return Calls(max(map(len, of_each)), smallest)
+
+
+def tiles_of(batch: Batch, kind: str = "image") -> tuple[Tensor, ...]:
+    """What a batch has of a kind of media, one tensor for each shape of tile: raw or as features."""
+    raw, features = (getattr(batch, field) for field in FIELDS[kind])
+    values: Tensor | tuple[Tensor, ...] | None = raw if features is None else features
     if values is None:
         return ()
     return (values,) if isinstance(values, Tensor) else values
 
 
 def idle() -> Batch:
-    """A batch of one token, without targets or pictures: for a rank that has nothing left to do."""
+    """A batch of one token, without targets or media: for a rank that has nothing left to do."""
     none = torch.empty(0, dtype=torch.int64)
     return Batch(
         input_ids=torch.zeros(1, 1, dtype=torch.int64),
@@ -173,7 +203,7 @@ class Spread(nn.Module):
 
     @torch.no_grad()
     def _mean_statistics(self) -> None:
-        """Running statistics of norms are the mean over the ranks: each has seen other pictures."""
+        """Running statistics of norms are the mean over the ranks: each has perceived other media."""
         moving = [
             buffer
             for module in self.objective.modules()

@@ -23,6 +23,7 @@ from tinymodal.train.parallel import (
 )
 from tinymodal.train.recipe import Stage
 from tinymodal.train.save import Saver
+from tinymodal.train.spread import tiles_of
 from tinymodal.train.stall import Watchdog
 from tinymodal.train.step import StepReport, step
 from tinymodal.train.stop import Stop, Stopped
@@ -177,15 +178,17 @@ class Steps:
             self.moved += 1
             # Corrected for its short past, as Adam's means are: the first losses do not weigh longer.
             self.recent = (0.9 * self.recent[0] + 0.1 * report.loss, 0.9 * self.recent[1] + 0.1)
-            self._look(any(_shows(batch) for batch in taken))
+            self._look(taken)
         return report
 
-    def _look(self, pictures: bool) -> None:
+    def _look(self, taken: list[Batch]) -> None:
         """See that what trains moves, and nothing else."""
         watch = self.watch
         if self.work.begun or watch is None:
             return
-        told = self._see(lambda: watch.after(self.moved, pictures))
+        pictures, sounds = (any(tiles_of(batch, kind) for batch in taken) for kind in ("image", "audio"))
+        speech = "speech" in self.stage.loss and any(batch.speech_frames for batch in taken)
+        told = self._see(lambda: watch.after(self.moved, pictures, sounds, speech))
         if told and self.moved == 1 and self.main:
             _write_trains(self.folder, self.work, told)
 
@@ -306,10 +309,6 @@ def _trained(work: Work, weights: dict[str, torch.Tensor] | None) -> dict[str, t
     return {name: weights[name] for name in work.trained}
 
 
-def _shows(batch: Batch) -> bool:
-    return batch.pixel_values is not None or batch.image_features is not None
-
-
 def left_out(stage: Stage, place: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows that one rank has left out so far: ``bad`` ones, and ``long`` ones that no row can hold.
 
@@ -378,5 +377,5 @@ def _conclude(work: Work, folder: Path, watch: Watch | None) -> None:
         told = ", ".join(watch.waiting[:3]) + (", ..." if len(watch.waiting) > 3 else "")
         say(
             f"  {len(watch.waiting)} tensors that train have not moved yet, as nothing they do was asked "
-            f"for so far (no pictures, or an adapter's first steps): {told}"
+            f"for so far (no pictures or sounds, or an adapter's first steps): {told}"
         )

@@ -11,11 +11,10 @@ A step whose loss or gradient is not finite on any rank changes nothing on all o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from tinymodal.core.types import Batch
+from tinymodal.train.feed import each_tensor
 from tinymodal.train.precision import DTYPES, Precision
 from tinymodal.train.spread import Agreed, Spread, agree, local
 from tinymodal.train.world import ALONE, World
@@ -34,8 +34,9 @@ LOSS_SCALE = "loss scale"
 """Why a step was skipped that only found the scale of a 16-bit loss too large. No fault: the next has a
 smaller one. At the beginning of a run several in a row are usual."""
 
-Groups = Mapping[tuple[int, bool], tuple[float, int]]
-"""(source, whether the document shows a picture) -> sum of the text losses and number of targets."""
+Groups = Mapping[tuple[int, int], tuple[float, int]]
+"""(source, 1 if the document shows a picture plus 2 if it plays a sound) -> sum of the text losses and number
+of targets."""
 
 
 class StepReport(NamedTuple):
@@ -210,7 +211,7 @@ def _run(
         scales = {name: weights.get(name, 1.0) * (spread.scale if spread else 1.0) for name in agreed.counts}
         means = [terms.sums[name] * scales[name] / max(count, 1) for name, count in agreed.counts.items()]
         loss = means[0] if len(means) == 1 else torch.stack(means).sum()
-        # A batch without pictures has no gradient where only the connectors train.
+        # A batch without media has no gradient where only the connectors train.
         if loss.requires_grad:
             (loss if scaler is None else scaler.scale(loss)).backward()
     values = torch.stack(each).double() if each else _nothing(device)
@@ -283,23 +284,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """``batch`` with its tensors on ``device``; itself where they are there already."""
     if batch.input_ids.device == device:
         return batch
-    moved: dict[str, Any] = {
-        field.name: value.to(device, non_blocking=True)
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor)
-    }
-    for name in ("pixel_values", "image_features"):
-        if isinstance(several := getattr(batch, name), tuple):
-            moved[name] = tuple(tiles.to(device, non_blocking=True) for tiles in several)
-    return dataclasses.replace(batch, **moved)
+    return each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _by_group(values: Sequence[float]) -> Groups:
     """The groups that have targets, of their sums and counts side by side."""
     num = len(values) // 2
-    return {
-        (i // 2, bool(i % 2)): (values[i], int(values[num + i])) for i in range(num) if values[num + i] > 0
-    }
+    return {(i // 4, i % 4): (values[i], int(values[num + i])) for i in range(num) if values[num + i] > 0}
 
 
 def _ids(batches: Sequence[Batch]) -> tuple[str, ...]:

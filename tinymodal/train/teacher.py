@@ -28,6 +28,7 @@ from tinymodal.core.types import Batch, Encoded, Sample
 from tinymodal.train.loss import block_of
 from tinymodal.train.objective import Objective
 from tinymodal.train.preference import Reference
+from tinymodal.train.spread import FIELDS, RAW
 
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
@@ -242,13 +243,13 @@ class Shelf:
 
 
 def documents(batch: Batch) -> Iterator[tuple[str, int]]:
-    """A digest of what each document with targets says and shows, and its number in the batch.
+    """A digest of what each document with targets says, shows and plays, and its number in the batch.
 
-    Pixels are part of it: the same words about another picture are another document.
+    Pixels and samples are part of it: the same words about another picture are another document.
     """
     ids_F, targets_N = batch.input_ids.flatten().cpu(), batch.target_index.cpu()
     document_N = _document(batch).cpu()
-    tiles = _tiles(batch)
+    tiles = [_tiles(batch, kind) for kind in ("image", "audio")]
     ends = torch.tensor(batch.lengths).cumsum(0).tolist()
     for n, (end, length) in enumerate(zip(ends, batch.lengths, strict=True)):
         own = targets_N[document_N == n]
@@ -257,18 +258,21 @@ def documents(batch: Batch) -> Iterator[tuple[str, int]]:
         begin = end - length
         said = hashlib.sha256(ids_F[begin:end].numpy().tobytes())
         said.update((own - begin).numpy().tobytes())
-        for tile in tiles(begin, end):
-            said.update(tile)
+        for kind in tiles:
+            for tile in kind(begin, end):
+                said.update(tile)
         yield said.hexdigest(), n
 
 
-def _tiles(batch: Batch) -> Callable[[int, int], Iterator[bytes]]:
-    """The pixels that positions ``begin`` to ``end`` of a batch show, tile by tile."""
-    if batch.pixel_values is None or batch.image_put is None or batch.image_take is None:
+def _tiles(batch: Batch, kind: str) -> Callable[[int, int], Iterator[bytes]]:
+    """The pixels or samples that stand at positions ``begin`` to ``end`` of a batch, tile by tile."""
+    values = getattr(batch, FIELDS[kind][0])
+    put, take = getattr(batch, f"{kind}_put"), getattr(batch, f"{kind}_take")
+    if values is None or put is None or take is None:
         return lambda begin, end: iter(())
-    groups = batch.pixel_values if isinstance(batch.pixel_values, tuple) else (batch.pixel_values,)
+    groups = values if isinstance(values, tuple) else (values,)
     whole = [hashlib.sha256(tile.cpu().numpy().tobytes()).digest() for tiles in groups for tile in tiles]
-    put_K, take_K = batch.image_put.cpu(), batch.image_take.cpu()
+    put_K, take_K = put.cpu(), take.cpu()
     several = hashlib.sha256(b"".join(whole)).digest()
 
     def of(begin: int, end: int) -> Iterator[bytes]:
@@ -322,12 +326,13 @@ def _difference(ours: Encoded, theirs: Encoded) -> str:
     if len(ours.media) == len(theirs.media):
         for a, b in zip(ours.media, theirs.media, strict=True):
             if a.tokens != b.tokens:
-                return f"{b.tokens} tokens a picture, and the student as {a.tokens}"
+                word = "picture" if b.kind == "image" else "sound"
+                return f"{b.tokens} tokens a {word}, and the student as {a.tokens}"
             sizes = [tuple(tile.shape) for tile in b.tiles], [tuple(tile.shape) for tile in a.tiles]
             if sizes[0] != sizes[1]:
                 return f"tiles of {sizes[0]}, and the student as {sizes[1]}"
             if not all(torch.equal(x, y) for x, y in zip(a.tiles, b.tiles, strict=True)):
-                return "other pixels than the student"
+                return f"other {RAW[b.kind]} than the student"
     if not torch.equal(ours.ids, theirs.ids):
         return "other tokens than the student"
     return ""

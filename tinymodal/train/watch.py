@@ -8,7 +8,8 @@ After the first step every tensor is compared with what it was before, by a chec
 * **It trains and its gradient is zero**: it waits. LoRA's A does, while B is still zero; so does what the
   first pictures happen not to use.
 * **It trains and has no gradient at all**: an error, if the step could have reached it. A step without
-  pictures cannot reach towers and connectors, and marks may stand in no picture of a step: they wait as well.
+  pictures cannot reach what sees, one without sounds what hears, one without a spoken answer what speaks, and
+  marks may stand in no picture of a step: they wait as well.
 
 What waits is looked at again after 2, 4, 8, ... steps; what never moved is told when the stage ends. Rows of
 a table of embeddings that no text has used do not move; the table as a whole does.
@@ -45,19 +46,21 @@ class Watch:
         self._frozen |= still_buffers(model)
         self._before = checksums(self._frozen)
         self._waiting = checksums({name: p for name, (p, _) in self._trains.items()})
-        self._saw_pictures = False
+        self._met: set[str] = set()
 
     @property
     def waiting(self) -> tuple[str, ...]:
         """Tensors that train and have not moved yet."""
         return tuple(self._waiting)
 
-    def after(self, step: int, pictures: bool) -> str:
+    def after(self, step: int, pictures: bool, sounds: bool = False, speech: bool = False) -> str:
         """Look again after step ``step`` (1 is the first of the stage), before gradients are cleared.
 
         Args:
             step: of the stage.
             pictures: whether the step read any.
+            sounds: the same of sounds.
+            speech: whether it read a spoken answer.
 
         Returns:
             What was seen, in one line, if it was looked; else nothing.
@@ -65,14 +68,16 @@ class Watch:
         Raises:
             RecipeError: without its place: tensors moved that are frozen, or did not move that train.
         """
-        first_pictures = pictures and not self._saw_pictures
-        self._saw_pictures |= pictures
-        if step > 1 and not first_pictures and (step & (step - 1) or not self._waiting):
+        kinds = {"image": pictures, "audio": sounds, "speech": speech}
+        met = {kind for kind, is_there in kinds.items() if is_there}
+        is_new = bool(met - self._met)
+        self._met |= met
+        if step > 1 and not is_new and (step & (step - 1) or not self._waiting):
             return ""
         moved = self.moved() if step == 1 else []
         now = checksums({name: self._trains[name][0] for name in self._waiting})
         self._waiting = {name: old for name, old in self._waiting.items() if now[name] == old}
-        without = [name for name in self._waiting if self._must_have_gradient(name, pictures)]
+        without = [name for name in self._waiting if self._must_have_gradient(name, met)]
         stuck = [n for n in self._waiting if step == 1 and _would_move(*self._trains[n])]
         faults = [
             _told("moved that are frozen", moved),
@@ -104,12 +109,18 @@ class Watch:
                 f"at the end, of {len(self._frozen)} tensors {told}; mend the part that holds them"
             )
 
-    def _must_have_gradient(self, name: str, pictures: bool) -> bool:
+    def _must_have_gradient(self, name: str, met: set[str]) -> bool:
         parameter, _ = self._trains[name]
         if parameter.grad is not None or ".marks." in name:
             return False
-        seeing = ".towers." in name or ".connectors." in name or name.startswith("heads.")
-        return pictures or not seeing
+        if name.startswith("speech_head."):
+            return "speech" in met
+        if name.startswith("heads."):
+            return "image" in met
+        kinds = [kind for kind in ("image", "audio") if f".{kind}." in name]
+        if kinds and (".towers." in name or ".connectors." in name):
+            return kinds[0] in met
+        return True
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +45,16 @@ from tinymodal.train.recipe import Recipe, Stage
 from tinymodal.train.recompute import set_recompute
 from tinymodal.train.save import Saver
 from tinymodal.train.shards import Shards
-from tinymodal.train.stage_data import encoder_of, held_out, names_of, open_data, stage_loader
+from tinymodal.train.stage_data import (
+    cache_folder,
+    codes_of,
+    completed,
+    encoder_of,
+    held_out,
+    names_of,
+    open_data,
+    stage_loader,
+)
 from tinymodal.train.teacher import Shelf, Teacher, reference, see_alike
 from tinymodal.train.watch import fingerprint
 from tinymodal.train.world import World
@@ -54,7 +62,6 @@ from tinymodal.train.world import World
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
 
-FEATURES = Path("~/.cache/tinymodal/features")
 TEACHERS = "teachers"
 """Folder beside the features where the choices of teachers are kept."""
 PROBES = 4
@@ -186,7 +193,7 @@ def begin(
         adapters.load_trained(model, resumed.state["trained"])
     trained = list(adapters.trained_state(model))
     rows = who_trains(model, stage, objective.heads)
-    flops = StepFlops(model)
+    flops = StepFlops(model, losses=stage.loss)
     kept = feature_cache(recipe, index, composed)
     sharded = is_sharded(recipe.parallel, world)
     if saver is not None:
@@ -210,10 +217,11 @@ def begin(
         groups = grouped()
     optimizer = build_optimizer(groups, stage)
 
-    read = encoder_of(recipe, index, composed, None if kept is None else kept.prepare)
-    loader = stage_loader(
-        recipe, index, composed, world, micro_tokens, read, None if kept is None else kept.complete
-    )
+    book = codes_of(recipe, index, composed, device)
+    seen_, heard = (None, None) if kept is None else (kept.prepare, kept.prepare_sound)
+    read = encoder_of(recipe, index, composed, seen_, heard)
+    complete = completed(None if kept is None else kept.complete, None if book is None else book.complete)
+    loader = stage_loader(recipe, index, composed, world, micro_tokens, read, complete)
     at = checkpoint.Progress(stage=index)
     scaler = loss_scale(recipe.precision, device)
     if resumed is not None:
@@ -262,10 +270,10 @@ def begin(
 
 
 def feature_cache(recipe: Recipe, index: int, composed: Composed) -> seen.Kept | None:
-    """The cache of a stage's frozen tower; None where it has none. Call it when it is known what trains.
+    """The cache of a stage's frozen towers; None where it has none. Call it when it is known what trains.
 
     Raises:
-        RecipeError: there is no tower, or it trains.
+        RecipeError: there is no tower, or one trains.
     """
     stage = recipe.stages[index]
     if not stage.cache:
@@ -278,12 +286,8 @@ def feature_cache(recipe: Recipe, index: int, composed: Composed) -> seen.Kept |
         cache,
         recipe.precision,
         f"stages.{stage.name}",
+        composed.processor.feature_extractor,
     )
-
-
-def cache_folder(recipe: Recipe) -> Path:
-    """Where features are kept."""
-    return (FEATURES if recipe.cache_folder is None else Path(recipe.cache_folder)).expanduser()
 
 
 def teacher_of(recipe: Recipe, index: int, world: World, composed: Composed) -> Teacher:
