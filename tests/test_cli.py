@@ -87,6 +87,11 @@ def test_a_wrong_key_is_answered_at_once_with_file_place_and_nearest_key(tmp_pat
         (("eval", "--limit", "0"), "--limit"),
         (("eval", "--limit", "many"), "--limit"),
         (("chat", "--image", "nowhere.png"), "nowhere.png"),
+        (("chat", "--audio", "nowhere.wav"), "no such sound"),
+        (("chat", "--speak", "said.mp3"), "ends with .wav"),
+        (("chat", "--speak", "no/said.wav"), "no folder no"),
+        (("eval", "--listener", "nowhere"), "--aloud"),
+        (("eval", "--voice", "ann"), "--aloud"),
         (("chat", "--top-p", "2"), "--top-p 2"),
         (("eval", "--on", "scenesss"), "did you mean 'scenes'"),
         (("eval", "--on", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -255,3 +260,66 @@ def test_an_option_nobody_knows_is_named(capsys):
         cli.main(["train", "r.toml", "--steps", "3"])
     assert leaving.value.code == 1
     assert "--steps" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def omni_folder(tmp_path_factory):
+    """A saved model that sees, hears and speaks, whatever it says."""
+    from tinymodal.compose.build import save
+    from tinymodal.compose.tiny import tiny_codec, tiny_model
+
+    folder = tmp_path_factory.mktemp("omni")
+    tiny_codec(folder / "codec")
+    speech = {"codec": str(folder / "codec"), "width": 16, "layers": 1, "voices": ("ann", "bob")}
+    save(tiny_model(audio="tinymodal_ear", speech=speech), folder / "model")
+    return folder / "model"
+
+
+def chatting(model, words, typed, monkeypatch, capsys):
+    """Exit code, answer and errors. In this process, where transformers does not yet know to be quiet."""
+    import io
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    code = cli.main(["chat", str(model), "--max-new-tokens", "2", *map(str, words)])
+    return code, *capsys.readouterr()
+
+
+def test_a_spoken_question_is_answered_aloud_and_the_answer_is_printed_alone(
+    omni_folder, tmp_path, monkeypatch, capsys
+):
+    import numpy as np
+    import soundfile
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    asked, said = tmp_path / "asked.wav", tmp_path / "said.wav"
+    soundfile.write(asked, np.sin(np.arange(8_000) / 9).astype(np.float32), 16_000)
+    heard = ("--image", tmp_path / "red.png", "--audio", asked)
+    code, out, err = chatting(
+        omni_folder, (*heard, "--speak", said, "--voice", "bob"), "", monkeypatch, capsys
+    )
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert soundfile.info(said).frames > 0
+    assert chatting(omni_folder, heard, "\n", monkeypatch, capsys) == (0, out, "")
+
+
+def test_ears_and_mouth_that_are_missing_are_told_in_one_line(model_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "said").mkdir()
+    (tmp_path / "a.wav").write_bytes(b"")
+    for words, missing in (
+        (("--speak", tmp_path / "said.wav"), "[model.speech]"),
+        (("--audio", tmp_path / "a.wav"), "[model.audio]"),
+    ):
+        code, out, err = chatting(model_folder, words, "what is it\n", monkeypatch, capsys)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert missing in err
+    assert not (tmp_path / "said.wav").exists()
+
+
+def test_a_voice_without_speech_is_refused(model_folder, monkeypatch, capsys):
+    code, _, err = chatting(model_folder, ("--voice", "ann"), "what\n", monkeypatch, capsys)
+    assert code == 1
+    assert "--speak" in err

@@ -17,13 +17,15 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinymodal import __version__
 from tinymodal.core.errors import DataError, RecipeError, TinyModalError
+from tinymodal.core.types import Audio, Image, Medium
 
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
+    from tinymodal.eval.benchmark import Listener
     from tinymodal.train.recipe import Recipe
 
     Verbs = argparse._SubParsersAction["Parser"]
@@ -113,6 +115,7 @@ def add_shard(verbs: Verbs) -> None:
         "--format", metavar="F", help="of the rows: llava, messages, caption, vqa, ...; made: none"
     )
     p.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures")
+    p.add_argument("--sounds", type=Path, metavar="DIR", help="folder of the sounds")
     p.add_argument("--max-mb", type=positive, default=256, metavar="N", help="largest shard (%(default)s)")
     p.add_argument("--samples", type=positive, metavar="N", help="so many samples; needed for a made source")
     p.add_argument(
@@ -150,8 +153,8 @@ def add_eval(verbs: Verbs) -> None:
         "--on",
         default=SCENES,
         metavar="NAMES",
-        help="benchmarks, comma-separated: built-in ones (%(default)s), a .jsonl of image, question and "
-        "answer, or my_bench.py:BENCHMARK",
+        help="benchmarks, comma-separated: built-in ones (%(default)s; speech-roundtrip), a .jsonl of image "
+        "or audio, question and answer, a folder that lies as LibriSpeech does, or my_bench.py:BENCHMARK",
     )
     p.add_argument(
         "--limit", type=positive, metavar="N", help="the first N questions of each, for a quick look"
@@ -160,6 +163,18 @@ def add_eval(verbs: Verbs) -> None:
         "--batch", type=positive, default=64, metavar="N", help="questions answered together (%(default)s)"
     )
     p.add_argument("--out", type=Path, metavar="FOLDER", help="where replies and results go (MODEL/eval)")
+    p.add_argument(
+        "--aloud",
+        action="store_true",
+        help="let it speak its replies, and count the words that a recogniser does not understand",
+    )
+    p.add_argument(
+        "--listener",
+        metavar="MODEL",
+        help="with --aloud: a model that hears and transcribes (the built-in recogniser, for words of made "
+        "scenes)",
+    )
+    p.add_argument("--voice", metavar="NAME", help="with --aloud: which voice speaks (the model's first)")
     add_device(p)
     p.set_defaults(run=run_eval)
 
@@ -169,13 +184,32 @@ def add_chat(verbs: Verbs) -> None:
     p.add_argument(
         "model", nargs="?", default=STARTER, help="run folder, model folder or Hub name (%(default)s)"
     )
+    # One list of both, in the order in which they are given.
     p.add_argument(
         "--image",
-        type=Path,
+        type=picture,
         action="append",
+        dest="media",
         default=[],
         metavar="FILE",
         help="show a picture first; may be repeated",
+    )
+    p.add_argument(
+        "--audio",
+        type=sound,
+        action="append",
+        dest="media",
+        metavar="FILE",
+        help="play a sound first; may be repeated. Without a question it is the question",
+    )
+    p.add_argument(
+        "--speak",
+        type=Path,
+        metavar="OUT.wav",
+        help="say the reply aloud too, into this file; the next into OUT-2",
+    )
+    p.add_argument(
+        "--voice", metavar="NAME", help="which voice speaks: its name, or a file with a clip of one"
     )
     p.add_argument(
         "--max-new-tokens", type=positive, default=256, metavar="N", help="longest reply (%(default)s)"
@@ -241,6 +275,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
+
+
+def picture(text: str) -> Image:
+    return Image(Path(text))
+
+
+def sound(text: str) -> Audio:
+    return Audio(Path(text))
 
 
 def natural(text: str) -> int:
@@ -324,8 +366,8 @@ def run_shard(args: argparse.Namespace) -> int:
         raise RecipeError(f"--bad-rows {args.bad_rows}: expected raise, skip, or how many may be left out")
     bad_rows = int(args.bad_rows) if args.bad_rows.isdecimal() else args.bad_rows
     made = args.format is None
-    if made and args.images is not None:
-        raise RecipeError("--images is for rows of files; a made source draws its own pictures")
+    if made and (args.images is not None or args.sounds is not None):
+        raise RecipeError("--images and --sounds are for rows of files; a made source has its own")
 
     from tinymodal.train.pieces import Source
     from tinymodal.train.stage_data import open_data
@@ -335,7 +377,10 @@ def run_shard(args: argparse.Namespace) -> int:
             Source(made=args.source)
             if made
             else Source(
-                path=args.source, format=args.format, images=str(args.images) if args.images else None
+                path=args.source,
+                format=args.format,
+                images=str(args.images) if args.images else None,
+                sounds=str(args.sounds) if args.sounds else None,
             )
         )
     except ValueError as error:
@@ -400,27 +445,57 @@ def run_eval(args: argparse.Namespace) -> None:
     from tinymodal.eval.run import benchmarks, evaluate, tables
 
     names = [name for name in args.on.split(",") if name]
+    for option in ("listener", "voice"):
+        if getattr(args, option) is not None and not args.aloud:
+            raise RecipeError(f"--{option} belongs to --aloud; give that as well, or leave it out")
     benchmarks(names)  # a misspelt name is told before the model is loaded
     folder = args.out or results_folder(args.model)
-    results = evaluate(load_model(args), names, folder=folder, limit=args.limit, batch_size=args.batch)
+    spoken: dict[str, Any] = {"spoken": args.aloud, "voice": args.voice}
+    if args.listener is not None:
+        spoken["listener"] = lambda: listening(args)
+    results = evaluate(
+        load_model(args), names, folder=folder, limit=args.limit, batch_size=args.batch, **spoken
+    )
 
     from rich.console import Console
 
     console = Console()
     for table in tables(results):
         console.print(table)
+    for result in results:
+        if (timing := result.timing) is not None:
+            print(
+                f"{result.benchmark.name}: first sound {timing.first_sound_ms:,.0f} ms after the first word "
+                f"(median of {timing.replies} replies, {timing.slowest_first_sound_ms:,.0f} ms at most); "
+                f"{timing.real_time_factor:.2f} s to say a second"
+            )
     print(f"Every prompt, reply and score: {folder}")
 
 
+def listening(args: argparse.Namespace) -> Listener:
+    """The model of ``--listener`` on ``--device``."""
+    from tinymodal.eval.speaking import of_model
+
+    return of_model(load_model(argparse.Namespace(model=args.listener, device=args.device)), args.listener)
+
+
 def run_chat(args: argparse.Namespace) -> int:
-    for path in args.image:
+    media: list[Medium] = args.media
+    for part in media:
+        path, kind = Path(str(part.source)), "picture" if isinstance(part, Image) else "sound"
         if not path.is_file():
-            raise DataError(f"{path}: there is no such picture (looked in {Path.cwd()}).")
+            raise DataError(f"{path}: there is no such {kind} (looked in {Path.cwd()}).")
+    if args.voice is not None and args.speak is None and not sys.stdin.isatty():
+        raise RecipeError("--voice says how --speak sounds; give --speak OUT.wav as well, or leave it out")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise RecipeError(
             f"--temperature {args.temperature} must be at least 0, "
             f"and --top-p {args.top_p} above 0 and at most 1."
         )
+    if args.speak is not None:
+        from tinymodal.infer.recording import check_place
+
+        check_place(args.speak)
     composed = load_model(args)
 
     from tinymodal.infer.engine import Engine, Sampling
@@ -429,7 +504,7 @@ def run_chat(args: argparse.Namespace) -> int:
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    errors = chat(Engine(composed), args.image, sampling)
+    errors = chat(Engine(composed), media, sampling, speech=args.speak, voice=args.voice)
     return 1 if errors and not sys.stdin.isatty() else 0
 
 

@@ -1,15 +1,22 @@
 """The page: complete, self-contained, and safe with whatever a model says."""
 
+import base64
 import io
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
+import soundfile
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tinymodal.core.types import Audio, Image, Message, Sample, Text
 from tinymodal.eval.curves import Curve, curves
-from tinymodal.eval.report import Card, margin, page, terminal_table
+from tinymodal.eval.playable import MAX_S, RATE_HZ, playable, sounds_of
+from tinymodal.eval.report import Card, margin, page, terminal_sounds, terminal_table
 
 VOID = {"meta", "img", "link", "br", "hr", "line", "polyline"}
 
@@ -171,3 +178,105 @@ def test_the_terminal_table_shows_kinds_and_mean():
     assert "colour" in text
     assert "–" in text
     assert "mean" in text
+
+
+# Sounds
+
+SOUND = {
+    "hear": {"wer_seen_voices": 0.021, "wer_unseen_voices": 0.034, "shuffled": 0.97},
+    "spoken_questions": {"mean_new": 0.881, "mean_written": 0.902},
+    "speak": {"wer": 0.045, "cer": 0.012, "first_sound_ms": 123.4, "real_time_factor": 0.314},
+}
+
+
+def tone(seconds: float = 0.5, rate_hz: int = 16_000) -> torch.Tensor:
+    return 0.5 * torch.sin(torch.arange(round(seconds * rate_hz)) * (2 * torch.pi * 440 / rate_hz))
+
+
+def test_a_card_plays_its_question_and_its_answer():
+    ogg = playable(tone(), 16_000)
+    wav = io.BytesIO()
+    soundfile.write(wav, tone(0.1).numpy(), 16_000, format="WAV")
+    card = Card(
+        (), "", "red", "red", "colour", True, sounds=(ogg, wav.getvalue()), spoken=ogg, heard="read <b>"
+    )
+    html = page(report(), gallery=[card])
+    found = outline(html)
+    assert found.tags.count("audio") == 3
+    assert "img" not in found.tags
+    files = [base64.b64decode(data) for data in re.findall(r'src="data:audio/\w+;base64,([^"]*)"', html)]
+    assert files == [ogg, wav.getvalue(), ogg]
+    assert re.findall(r'src="(data:audio/\w+);', html) == [
+        "data:audio/ogg",
+        "data:audio/wav",
+        "data:audio/ogg",
+    ]
+    assert "read <b>" in found.text
+    assert not re.search(r"https?:|//[a-z]|<script|<link|@import|url\(", re.sub(r"base64,[^\"]*", "", html))
+
+
+def test_a_playable_sound_is_the_sound_and_small():
+    file = playable(tone(2.0), 16_000)
+    assert len(file) < 2 * 9_000
+    heard, rate_hz = soundfile.read(io.BytesIO(file), dtype="float32")
+    assert rate_hz == 16_000
+    assert len(heard) == 32_000
+    peak = torch.fft.rfft(torch.from_numpy(heard)).abs().argmax() / 2.0
+    assert peak == pytest.approx(440, abs=1)
+
+
+def test_a_long_or_a_fine_sound_is_cut_or_thinned_and_no_sound_is_no_file():
+    assert soundfile.info(io.BytesIO(playable(torch.zeros(8_000 * 60), 8_000))).duration == pytest.approx(
+        MAX_S
+    )
+    fine = soundfile.info(io.BytesIO(playable(tone(1.0, 48_000), 48_000)))
+    assert (fine.samplerate, fine.duration) == (RATE_HZ, pytest.approx(1.0, abs=0.01))
+    assert playable(torch.zeros(0), 16_000) == b""
+
+
+def test_the_sounds_of_a_question_are_the_stretches_that_are_heard(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(2.0).numpy(), 16_000)
+    parts = (Audio(tmp_path / "a.wav", start_s=0.5, end_s=1.0), Text("?"), Audio(tone(0.25, 8_000), 8_000))
+    sample = Sample((Message("user", (Image(tmp_path / "none.png"), *parts)),), "s")
+    lengths = [soundfile.info(io.BytesIO(file)).duration for file in sounds_of(sample)]
+    assert lengths == pytest.approx([0.5, 0.25], abs=0.01)
+
+
+def test_what_is_told_of_sound_stands_in_a_table_of_its_own():
+    told = report() | SOUND
+    told["starter"] = told["starter"] | {"speak": {"wer": 0.0111, "cer": 0.001}}
+    found = outline(page(told))
+    text = " ".join(found.text)
+    for shown in ("2.1 %", "3.4 %", "97.0 %", "88.1 %", "90.2 %", "4.5 %", "123 ms", "0.31", "1.1 %"):
+        assert shown in text
+    assert "Hearing and speaking" not in " ".join(outline(page(report())).text)
+
+
+def test_the_terminal_tells_the_same_of_sound():
+    from rich.console import Console
+
+    assert terminal_sounds(report()) is None
+    told = report() | SOUND
+    told["starter"] = told["starter"] | {"speak": {"wer": 0.0111, "cer": None}}
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(terminal_sounds(told))
+    text = console.export_text()
+    for shown in ("starter model", "3.4 %", "123 ms", "0.31", "1.1 %", "–"):
+        assert shown in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_can_play_the_sounds_of_a_page(tmp_path):
+    """It knows their length: it has decoded them."""
+    card = Card((), "", "red", "red", "colour", True, sounds=(playable(tone(1.5), 16_000),))
+    asks = "<script>addEventListener('load',()=>{const a=document.querySelector('audio');"
+    asks += "a.onloadedmetadata=()=>{document.title='lasts '+a.duration.toFixed(1)};a.load()})</script>"
+    file = tmp_path / "page.html"
+    file.write_text(page(report(), gallery=[card]).replace("</body>", f"{asks}</body>"))
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom")
+    done = subprocess.run(
+        ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", f"file://{file}"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert "<title>lasts 1.5</title>" in done.stdout

@@ -11,7 +11,7 @@ import pytest
 
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import DataError, RecipeError, TinyModalError
-from tinymodal.core.types import Image, Message, Sample, Text
+from tinymodal.core.types import Audio, Image, Message, Sample, Text
 from tinymodal.eval.answers import exact
 from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category
 from tinymodal.eval.folder import LOCK, digest, fingerprint
@@ -25,6 +25,7 @@ class Parrot:
     def __init__(self, model=None, stop_after: int | None = None, says: str = "red"):
         self._engine = Engine(model or tiny_model())
         self.model, self.encoder = self._engine.model, self._engine.encoder
+        self.composed = self._engine.composed
         self.asked, self.stop_after, self.says = [], stop_after, says
 
     def reply(self, samples, sampling, batch_size, done):
@@ -316,6 +317,25 @@ def test_rows_of_your_own_are_a_benchmark(model, tmp_path):
     assert not list(second.sample.media())
     (result,) = evaluate(model, [str(path)], folder=tmp_path / "out")
     assert set(result.numbers) == {"colour", "other", "mean"}
+
+
+def test_rows_of_your_own_may_be_heard(tmp_path):
+    """A sound goes behind the picture, and is the question where there is no other."""
+    PIL.Image.new("RGB", (30, 20), "blue").save(tmp_path / "a.png")
+    (tmp_path / "a.wav").write_bytes(b"a sound")
+    rows = [
+        {"image": "a.png", "audio": "a.wav", "answer": "blue", "kind": "heard"},
+        {"audio": "a.wav", "question": "how many", "answer": "2"},
+        {"image": "a.png", "question": "what colour", "answer": "blue"},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = list(benchmark(str(path)).load())
+    kinds = [[type(part) for part in q.sample.messages[0].parts] for q in asked]
+    assert kinds == [[Image, Audio], [Audio, Text], [Image, Text]]
+    assert [q.answer for q in asked] == ["blue", "2", "blue"]
+    assert [q.meta for q in asked] == [{"kind": "heard"}, {}, {}]
+    assert len({digest(q) for q in asked}) == 3
 
 
 def test_the_users_file_is_not_written_to(model, tmp_path):

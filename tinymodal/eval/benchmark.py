@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,28 @@ def by_category(key: str) -> Reducer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Listener:
+    """Who writes down what a model says aloud."""
+
+    name: str
+    mark: str
+    """Changes with what it would hear: replies that another one heard are asked again."""
+    hear: Callable[[Sequence[Tensor], int], list[str]]
+    """Sounds, float32 [samples] each, and their rate -> a transcript of each; of no samples an empty one."""
+    written: Callable[[str], str]
+    """A text as this listener would write it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aloud:
+    """Replies are spoken and heard."""
+
+    listener: Callable[[], Listener]
+    voice: str | None = None
+    """In which the model speaks; None: its first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
     """Everything a run has to know about one benchmark."""
 
@@ -81,6 +107,11 @@ class Benchmark:
     metric: str = "accuracy"
     family: str = ""
     """Benchmarks of one family share a table: their numbers have the same names and belong side by side."""
+    lower_is_better: bool = False
+    """The numbers are rates of errors: no constant answer is put beside them."""
+    aloud: Aloud | None = None
+    """Replies are spoken as well: ``score`` is given the question with the reply's text as its answer (and as
+    ``meta["reference"]``), and what the listener heard as the reply."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tinymodal.chat.template import TokenizerTemplate
 from tinymodal.core.errors import DataError
 from tinymodal.core.log import say
-from tinymodal.core.types import Part, Text
+from tinymodal.core.types import Audio, Part, Speech, Text
 from tinymodal.eval.benchmark import Question
 
 if TYPE_CHECKING:
@@ -124,13 +124,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fingerprint(engine: Engine) -> str:
-    """16 hex digits that change with the weights, and with how conversations and pictures are prepared.
+    """16 hex digits that change with the weights and with how conversations, pictures, sounds are prepared.
 
     Every tensor is sampled at up to 64 places: any step of training changes nearly all of them, and a model
-    of several gigabytes is read in a moment.
+    of several gigabytes is read in a moment. Speech head and codec count as well.
     """
-    import torch
-
     template = engine.encoder.template
     # One that is data tells all of itself; the tokenizer's own is known by its source.
     written = template.to_jinja() if isinstance(template, TokenizerTemplate) else repr(template)
@@ -139,18 +137,37 @@ def fingerprint(engine: Engine) -> str:
     seen = {key: value for key, value in seen.items() if key not in ("auto_map", "vision_config")}
     seen["feature_layer"] = engine.model.config.feature_layer
     found = hashlib.sha256(f"{written}\n{json.dumps(seen, sort_keys=True)}\n".encode())
-    for name, tensor in engine.model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        places = torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat)), dtype=torch.float64).long()
-        found.update(name.encode() + flat[places.to(flat.device)].double().cpu().numpy().tobytes())
+    # Models that neither hear nor speak keep the marks they always had.
+    config, ear = engine.model.config, engine.encoder.processor.feature_extractor
+    if ear is not None:
+        heard = {k: v for k, v in ear.to_dict().items() if k not in ("auto_map", "audio_config")}
+        heard["feature_layer"] = config.audio_feature_layer
+        found.update(f"heard {json.dumps(heard, sort_keys=True)}\n".encode())
+    if config.speech is not None:
+        found.update(f"speech {json.dumps(config.speech, sort_keys=True)}\n".encode())
+    _sample(found, engine.model)
+    codec = getattr(engine.composed, "codec", None)
+    if codec is not None:
+        found.update(f"codec {codec.books} {codec.rate_hz}\n".encode())
+        _sample(found, codec)
     return found.hexdigest()[:16]
 
 
+def _sample(found: hashlib._Hash, module: Any) -> None:
+    """Feed every tensor's name and some of its numbers."""
+    import torch
+
+    for name, tensor in module.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat)), dtype=torch.float64).long()
+        found.update(name.encode() + flat[places.to(flat.device)].double().cpu().numpy().tobytes())
+
+
 def digest(question: Question) -> str:
-    """16 hex digits that change with what a question says and shows: words and pictures, not their names.
+    """16 hex digits that change with what a question says, shows and plays, not the names of files.
 
     Raises:
-        DataError: a picture that cannot be read.
+        DataError: a picture or a sound that cannot be read.
     """
     found = hashlib.sha256()
     for message in question.sample.messages:
@@ -165,11 +182,18 @@ def digest(question: Question) -> str:
 
 
 def _content(part: Part) -> tuple[str, bytes]:
-    """What a part is, and its bytes: those of words, of a picture's file, or of a decoded one's pixels."""
+    """What a part is, and its bytes: those of words, of a file, of pixels or of samples."""
     from tinymodal.model.image import load_image
 
     if isinstance(part, Text):
         return "text", part.text.encode("utf-8", "surrogatepass")
+    if isinstance(part, Audio | Speech):
+        stretch = f"{type(part).__name__.lower()} {part.rate_hz} {part.start_s} {part.end_s}"
+        if isinstance(part.source, Path):
+            return stretch, part.source.read_bytes()
+        if isinstance(part.source, bytes):
+            return stretch, part.source
+        return f"{stretch} samples", part.source.cpu().contiguous().numpy().tobytes()
     limits = f"{part.max_tiles} {part.fit_pixels}"
     if isinstance(part.source, Path):
         return f"file {limits}", part.source.read_bytes()

@@ -1,20 +1,21 @@
-"""A run's report as one page: numbers by kind, stages, curves, and questions with their pictures.
+"""A run's report as one page: numbers by kind, stages, curves, and questions with their pictures and sounds.
 
 The page is a single file without scripts, fonts or links to anywhere, so it can be mailed, kept, and opened
-in ten years. It follows the reader's dark or light mode. Right and wrong are told apart by a mark and a word
-as well as by colour. Everything that comes from data is escaped.
+in ten years; its sounds are in it. It follows the reader's dark or light mode. Right and wrong are told apart
+by a mark and a word as well as by colour. Everything that comes from data is escaped.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from tinymodal.eval.curves import Curve, panels
+from tinymodal.eval.report_style import STYLE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +26,24 @@ COLUMNS = {
     "shuffled": "shuffled pictures",
     "constant": "best constant",
 }
+SOUND = {
+    "hear": (
+        ("words heard wrongly, voices of training", "wer_seen_voices"),
+        ("words heard wrongly, other voices", "wer_unseen_voices"),
+        ("words heard wrongly, sounds shuffled", "shuffled"),
+    ),
+    "spoken_questions": (
+        ("questions answered, asked aloud", "mean_new"),
+        ("the same questions, written", "mean_written"),
+    ),
+    "speak": (
+        ("words of its answers not understood", "wer"),
+        ("characters of its answers not understood", "cer"),
+        ("first sound after the first word", "first_sound_ms"),
+        ("seconds it takes to say a second", "real_time_factor"),
+    ),
+}
+"""What a report tells of sound: part, and what its numbers are called. Rates but the last two."""
 STAGES = {
     "align": ("after align alone", "only the connector has trained"),
     "instruct_without_align": ("instruct without align", "the connector starts from random weights"),
@@ -45,6 +64,12 @@ class Card:
     right: bool
     note: str = ""
     """E.g. ``unseen pair``."""
+    sounds: tuple[bytes, ...] = ()
+    """What is played beside the question, or is it: Ogg or wav files, see ``playable.py``."""
+    spoken: bytes = b""
+    """The reply aloud, such a file; empty: it was not spoken."""
+    heard: str = ""
+    """What a recogniser heard of it."""
 
 
 def margin(accuracy: float, n: int) -> float:
@@ -72,6 +97,51 @@ def terminal_table(scores: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+def sound_numbers(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and number, in words, of all that a report tells of hearing and speaking."""
+    for part, named in SOUND.items():
+        for name, key in named:
+            if (value := (scores.get(part) or {}).get(key)) is not None:
+                yield name, _told(key, value)
+
+
+def terminal_sounds(report: Mapping[str, Any], title: str = "Hearing and speaking") -> Table | None:
+    """``hear``, ``spoken_questions`` and ``speak`` of a report as a table for the terminal.
+
+    The starter model stands beside where the report has it; None where nothing is told of sound.
+    """
+    from rich.table import Table
+
+    columns = _sound_columns(report)
+    if not columns:
+        return None
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in _sound_rows(columns):
+        table.add_row(*row)
+    return table
+
+
+def _sound_columns(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Model -> its numbers by name; models of which nothing is told are left out."""
+    models = {"this model": report, "starter model": report.get("starter") or {}}
+    found = {name: dict(sound_numbers(scores)) for name, scores in models.items()}
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def _sound_rows(columns: Mapping[str, Mapping[str, str]]) -> Iterator[list[str]]:
+    for name in dict.fromkeys(name for numbers in columns.values() for name in numbers):
+        yield [name, *(numbers.get(name, "–") for numbers in columns.values())]
+
+
+def _told(key: str, value: float) -> str:
+    if key == "first_sound_ms":
+        return f"{value:,.0f} ms"
+    return f"{value:.2f}" if key == "real_time_factor" else _per_cent(value)
+
+
 def page(
     report: Mapping[str, Any], lines: Sequence[Curve] = (), gallery: Sequence[Card] = (), command: str = ""
 ) -> str:
@@ -86,6 +156,7 @@ def page(
     parts = [
         _header(report),
         _section("By kind of question", _SCORES_NOTE + _sureness(report), _scores(report)),
+        _section("Hearing and speaking", _SOUND_NOTE, _sounds(report)) if _sound_columns(report) else "",
         _section("Does aligning first matter?", _STAGES_NOTE, _stages(report))
         if report.get("stages")
         else "",
@@ -100,7 +171,7 @@ def page(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(_title(report))}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f"<title>{escape(_title(report))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
         "</body>\n</html>\n"
     )
 
@@ -117,6 +188,11 @@ _SCORES_NOTE = (
     "Accuracy on pictures made after training. Unseen pairs: combinations of shape and colour that training "
     "never showed. Shuffled pictures: the same questions about other pictures of the same kind. Best "
     "constant: what always giving the commonest answer (of those the question offers) scores."
+)
+_SOUND_NOTE = (
+    "Clips of words and questions, spoken by voices that training had and by others; shuffled: other clips "
+    "beside the same questions. What the model says aloud is written down by a recogniser that never heard "
+    "it in training, and compared with what it wrote. Times are those of the machine below."
 )
 _STARTER_NOTE = "The model that ships with TinyModal, trained longer, on the same questions."
 _GALLERY_NOTE = "The first of each kind as they were drawn, right or wrong; nothing is picked by hand."
@@ -198,6 +274,19 @@ def _bar(column: str, value: float, mark: float | None = None) -> str:
     )
 
 
+def _sounds(report: Mapping[str, Any]) -> str:
+    columns = _sound_columns(report)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in _sound_rows(columns)
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr><th scope="col"></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
 def _stages(report: Mapping[str, Any]) -> str:
     rows, constant = [], report["mean"].get("constant")
     found = [(key, *STAGES.get(key, (key.replace("_", " "), ""))) for key in report["stages"]]
@@ -236,15 +325,29 @@ def _card(card: Card) -> str:
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for i, png in enumerate(card.pictures)
     )
+    shown = f'<div class="pictures">{pictures}</div>' if pictures else ""
+    played = "".join(_player(file, f"sound {i + 1} of the question") for i, file in enumerate(card.sounds))
+    aloud = _player(card.spoken, "the answer aloud") if card.spoken else ""
+    if card.heard:
+        aloud += f'<div class="truth">heard: <strong>{escape(card.heard)}</strong></div>'
     mark, word, style = ("✓", "right", "right") if card.right else ("✗", "wrong", "wrong")
     truth = f'<div class="truth">truth: <strong>{escape(card.answer)}</strong></div>'
     note = f'<span class="chip">{escape(card.note)}</span>' if card.note else ""
     return (
-        f'<figure class="card"><div class="pictures">{pictures}</div><figcaption>'
+        f'<figure class="card">{shown}<figcaption>'
         f'<div><span class="chip">{escape(card.kind)}</span>{note}</div>'
-        f'<div class="question">{escape(card.question)}</div><div class="answer {style}">'
+        f'{played}<div class="question">{escape(card.question)}</div><div class="answer {style}">'
         f'<span class="mark" aria-hidden="true">{mark}</span> {escape(card.reply) or "(nothing)"}'
-        f'<span class="word">{word}</span></div>{truth}</figcaption></figure>'
+        f'<span class="word">{word}</span></div>{aloud}{truth}</figcaption></figure>'
+    )
+
+
+def _player(file: bytes, label: str) -> str:
+    """A sound with its buttons."""
+    kind = "wav" if file.startswith(b"RIFF") else "ogg"
+    return (
+        f'<audio controls preload="metadata" aria-label="{escape(label)}" '
+        f'src="data:audio/{kind};base64,{base64.b64encode(file).decode()}"></audio>'
     )
 
 
@@ -283,75 +386,3 @@ def _per_cent(value: float | None) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-_STYLE = """
-:root{--paper:#fbfbf9;--card:#fff;--ink:#1c1d20;--muted:#62656d;--rule:#e1e2de;--track:#ecede9;
---new:#2f5fd0;--unseen:#0d8a7b;--shuffled:#c9681a;--constant:#8b8f99;--good:#1b7a3d;--bad:#b3261e;
-color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--paper:#15171b;--card:#1d2025;--ink:#e9eaec;--muted:#9ea3ad;
---rule:#31353d;--track:#2a2e35;
---new:#7ea2ff;--unseen:#46c7b4;--shuffled:#f0a35e;--constant:#8b919d;--good:#63cf8a;--bad:#ff8a80}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1020px;margin:0 auto;padding:40px 20px 60px}
-h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
-h2{font-size:20px;margin:44px 0 4px}
-.lead{margin:0 0 24px;font-size:17px;color:var(--muted);max-width:62ch}
-section>.muted{margin:0 0 14px;max-width:78ch}
-.muted{color:var(--muted);font-size:14px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:12px}
-.tile,.card,.panel{background:var(--card);border:1px solid var(--rule);border-radius:10px}
-.tile{padding:14px 16px}
-.tile-name{font-size:14px;color:var(--muted)}
-.tile-value{font-size:28px;font-weight:650;letter-spacing:-.01em}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:7px 10px 7px 0;text-align:left;border-bottom:1px solid var(--rule);font-weight:400;
-vertical-align:middle}
-thead th{font-size:14px;color:var(--muted);white-space:nowrap}
-tbody th{white-space:nowrap}
-td{min-width:132px}
-.n{text-align:right;color:var(--muted);min-width:0;padding-right:0}
-.total th,.total td{font-weight:650;border-bottom:0}
-.value{white-space:nowrap;display:inline-block;width:64px}
-.bar{display:inline-block;position:relative;vertical-align:middle;width:calc(100% - 68px);min-width:48px;
-height:10px;border-radius:3px;background:var(--track)}
-.bar i{position:absolute;inset:0 auto 0 0;border-radius:3px;background:var(--new)}
-.bar b{position:absolute;top:-4px;bottom:-4px;width:2px;background:var(--ink);opacity:.55}
-.bar.unseen-pairs i{background:var(--unseen)}.bar.shuffled i{background:var(--shuffled)}
-.bar.constant i{background:var(--constant)}
-.stages th .muted{display:block}.stages .wide{width:66%}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:12px}
-.panel{margin:0;padding:14px 14px 6px}
-.panel figcaption{font-size:14px;display:flex;flex-wrap:wrap;gap:4px 16px}
-.key{color:var(--muted)}.key strong{color:var(--ink)}
-.swatch{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle}
-svg{display:block;width:100%;height:auto}
-svg text{font-size:11px;fill:var(--muted)}
-.grid{stroke:var(--rule)}
-polyline{fill:none;stroke-width:2;stroke-linejoin:round}
-polyline.raw{stroke-width:1;opacity:.28}
-.line-0{stroke:var(--new);background:var(--new)}.line-1{stroke:var(--shuffled);background:var(--shuffled)}
-.line-2{stroke:var(--unseen);background:var(--unseen)}.line-3{stroke:var(--constant);
-background:var(--constant)}
-.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:12px}
-.card{margin:0;overflow:hidden;display:flex;flex-direction:column}
-.pictures{display:flex;gap:2px;background:var(--track);justify-content:center}
-.pictures img{width:100%;min-width:0;max-width:192px;aspect-ratio:1;object-fit:contain}
-.pictures:has(img+img) img{width:50%}
-.card figcaption{padding:10px 12px 12px;font-size:15px}
-.chip{font-size:12px;color:var(--muted);border:1px solid var(--rule);border-radius:99px;padding:1px 8px;
-margin-right:4px}
-.question{margin:8px 0 6px}
-.answer{font-weight:650}.answer.right{color:var(--good)}.answer.wrong{color:var(--bad)}
-.word{font-weight:400;font-size:13px;margin-left:8px}
-.truth{font-size:14px;color:var(--muted)}.truth strong{color:var(--ink);font-weight:500}
-pre{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:14px 16px;
-overflow-x:auto;font:14px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace}
-footer{margin-top:44px;border-top:1px solid var(--rule);padding-top:14px;font-size:14px;color:var(--muted)}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;margin:0}dd{margin:0;
-overflow-wrap:anywhere}
-@media(max-width:560px){dl{grid-template-columns:1fr}dt{font-weight:650}}
-"""

@@ -11,14 +11,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.log import Progress, say
 from tinymodal.core.lookup import find
-from tinymodal.eval.benchmark import Benchmark, Question, Score, best_constants
+from tinymodal.eval.benchmark import MEAN, Benchmark, Listener, Question, Score, best_constants
 from tinymodal.eval.folder import (
     RESULTS,
     alone,
@@ -30,18 +30,31 @@ from tinymodal.eval.folder import (
     replies_path,
 )
 from tinymodal.eval.folder import write_atomically as write_atomically
+from tinymodal.eval.speaking import TIMED, Timing, aloud, built_in, check_apart, time_speech
+from tinymodal.eval.tasks.librispeech import from_folder, is_librispeech
 from tinymodal.eval.tasks.rows import SUFFIXES, from_file
 from tinymodal.eval.tasks.table import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
     from tinymodal.compose.build import Composed
-    from tinymodal.infer.engine import Engine
+    from tinymodal.infer.engine import Engine, Reply
 
 BATCH_SIZE = 64
+ROWS = {"wer": "words (wer)", "cer": "characters (cer)"}
+"""What a table calls some numbers."""
 SAVE_EVERY = 512
 """Questions between two writes: what a kill costs at most."""
+
+
+class Said(NamedTuple):
+    """A reply's text, and what a listener heard of it; None where it was not spoken."""
+
+    text: str
+    heard: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,8 @@ class Answered:
     question: Question
     reply: str
     score: Score
+    heard: str | None = None
+    """What a listener heard, where replies were spoken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,8 @@ class Result:
     limit: int | None
     mark: str
     """Of the model, see :func:`fingerprint`."""
+    timing: Timing | None = None
+    """Of the first replies, where they were spoken and any had a word."""
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -70,7 +87,13 @@ class Result:
     def summary(self) -> dict[str, Any]:
         """What ``results.json`` holds of it."""
         questions = [row.question for row in self.answered]
-        constants = best_constants(questions) if any(q.meta.get("kind") for q in questions) else {}
+        constants = {}
+        if not self.benchmark.lower_is_better and any(q.meta.get("kind") for q in questions):
+            constants = best_constants(questions)
+        heard = self.benchmark.aloud
+        spoken: dict[str, Any] = {} if heard is None else {"listener": heard.listener().name}
+        if self.timing is not None:
+            spoken["timing"] = asdict(self.timing)
         return {
             "metric": self.benchmark.metric,
             "numbers": self.numbers,
@@ -81,7 +104,19 @@ class Result:
             },
             "source": self.benchmark.source,
             "run": self.mark,
+            **spoken,
         }
+
+    @property
+    def speech(self) -> dict[str, float]:
+        """``wer``, ``cer``, ``first_sound_ms`` and ``real_time_factor`` of replies that were spoken.
+
+        Empty where they were not, or none had a word.
+        """
+        if self.timing is None:
+            return {}
+        when = {key: getattr(self.timing, key) for key in ("first_sound_ms", "real_time_factor")}
+        return self.numbers | when
 
 
 def benchmark(name: str) -> Benchmark:
@@ -96,6 +131,8 @@ def benchmark(name: str) -> Benchmark:
         if not path.is_file():
             raise DataError(f"{name}: no such file; expected rows of image, question and answer.")
         found = from_file(path)
+    elif is_librispeech(Path(name)):
+        found = from_folder(Path(name))
     else:
         found = find(name, TASKS, "benchmark")
     if not isinstance(found, Benchmark):
@@ -132,6 +169,9 @@ def evaluate(
     folder: Path,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
+    spoken: bool = False,
+    listener: Callable[[], Listener] = built_in,
+    voice: str | None = None,
 ) -> list[Result]:
     """Score a model on benchmarks by name; writes into ``folder`` and returns the results in order.
 
@@ -141,15 +181,21 @@ def evaluate(
         folder: where rows and results go.
         limit: the first N questions of each, for a quick look.
         batch_size: questions answered together.
+        spoken: the replies are spoken, and what counts is how they are understood, see ``speaking.aloud``.
+        listener: who listens then.
+        voice: in which the model speaks then; None: its first.
 
     Raises:
         RecipeError: an unknown benchmark.
+        CheckpointError: replies are to be spoken by a model that does not speak.
         DataError: a question that cannot be read; two benchmarks of one name; a folder that another process
             writes into, or that holds other things under our files' names.
     """
     from tinymodal.infer.engine import Engine
 
     found = benchmarks(names)
+    if spoken:
+        found = [aloud(each, listener, voice=voice, name=each.name if each.aloud else "") for each in found]
     engine = Engine(composed)
     path = folder / RESULTS
     with alone(folder):
@@ -210,36 +256,60 @@ def _ask(
     sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
     mark = fingerprint(engine)
     of_run = f"{mark}/{benchmark.max_new_tokens}"
+    heard = benchmark.aloud
+    extra: dict[str, Any] = {}
+    if heard is not None:
+        engine.mouth.known(heard.voice)
+        check_apart(heard.listener(), mark, benchmark.name)
+        of_run += f"/{heard.listener().mark}/{heard.voice or ''}"
+        extra = {"speak": True, "voice": heard.voice}
     path = replies_path(folder, benchmark.name)
     replies = _kept(path, of_run, benchmark, questions)
     left = [question for question in questions if question.sample.id not in replies]
     if replies and left:
         say(f"{path}: {len(replies):,} of {len(questions):,} questions were already answered; going on")
+    # Sounds take memory until they are heard.
+    at_once = batch_size if heard is not None else SAVE_EVERY
     with (
         Progress(title, len(questions), "questions", start=len(replies)) as progress,
         path.open("a", encoding="utf-8") as file,
     ):
-        for start in range(0, len(left), SAVE_EVERY):
-            chunk = left[start : start + SAVE_EVERY]
-            said = engine.reply([q.sample for q in chunk], sampling, batch_size, done=progress.advance)
-            for question, reply in zip(chunk, said, strict=True):
+        for start in range(0, len(left), at_once):
+            chunk = left[start : start + at_once]
+            given = engine.reply(
+                [q.sample for q in chunk], sampling, batch_size, done=progress.advance, **extra
+            )
+            for question, reply, said in zip(chunk, given, _heard(benchmark, given), strict=True):
                 row = {
                     "id": question.sample.id,
                     "prompt": reply.prompt,
                     "reply": reply.text,
                     "stopped_by": reply.stopped_by,
-                    **_scored(benchmark, question, reply.text),
+                    **_scored(benchmark, question, said),
                     "digest": digest(question),
                     "run": of_run,
                 }
                 file.write(line(row))
-                replies[question.sample.id] = reply.text
+                replies[question.sample.id] = said
             file.flush()
     answered = []
     for question in questions:
-        text = replies[question.sample.id]
-        answered.append(Answered(question, text, _score(benchmark, question, text)))
-    return Result(benchmark, tuple(answered), limit, mark)
+        said = replies[question.sample.id]
+        answered.append(Answered(question, said.text, _score(benchmark, question, said), said.heard))
+    timing = None
+    if heard is not None:
+        timing = time_speech(engine, [q.sample for q in questions[:TIMED]], sampling, heard.voice)
+    return Result(benchmark, tuple(answered), limit, mark, timing)
+
+
+def _heard(benchmark: Benchmark, replies: Sequence[Reply]) -> list[Said]:
+    """The replies' texts, and what the benchmark's listener hears of them if they are spoken."""
+    if benchmark.aloud is None:
+        return [Said(reply.text) for reply in replies]
+    sounds = [reply.audio for reply in replies if reply.audio is not None]
+    rate_hz = next(reply.rate_hz for reply in replies if reply.rate_hz is not None)
+    heard = benchmark.aloud.listener().hear(sounds, rate_hz)
+    return [Said(reply.text, words) for reply, words in zip(replies, heard, strict=True)]
 
 
 def _check(benchmark: Benchmark, questions: Sequence[Question]) -> None:
@@ -258,29 +328,34 @@ def _check(benchmark: Benchmark, questions: Sequence[Question]) -> None:
             )
 
 
-def _score(benchmark: Benchmark, question: Question, reply: str) -> Score:
-    return replace(benchmark.score(question, reply), meta=question.meta)
+def _score(benchmark: Benchmark, question: Question, said: Said) -> Score:
+    text = said.text
+    if said.heard is not None:
+        question = replace(question, answer=said.text, meta={**question.meta, "reference": said.text})
+        text = said.heard
+    return replace(benchmark.score(question, text), meta=question.meta)
 
 
-def _scored(benchmark: Benchmark, question: Question, reply: str) -> dict[str, Any]:
+def _scored(benchmark: Benchmark, question: Question, said: Said) -> dict[str, Any]:
     """The part of a row that a reply's score decides."""
-    score = _score(benchmark, question, reply)
+    score = _score(benchmark, question, said)
     return {
         "answer": question.answer,
         "parsed": score.parsed,
         "score": score.value,
-        "meta": dict(question.meta),
+        "meta": dict(score.meta),
+        **({} if said.heard is None else {"heard": said.heard}),
     }
 
 
-def _kept(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Question]) -> dict[str, str]:
+def _kept(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Question]) -> dict[str, Said]:
     """Replies of an earlier run that still hold, by question id; the file then holds exactly their rows.
 
     A row counts where model, settings, question and answer are the same; its score is that of now. Rows of
     the same model about questions that are not asked now (``--limit``) stay in the file.
     """
     asked = {question.sample.id: question for question in questions}
-    kept: dict[str, str] = {}
+    kept: dict[str, Said] = {}
     lines = []
     for row in read_rows(path):
         name, question = row["id"], asked.get(row["id"])
@@ -289,8 +364,8 @@ def _kept(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Que
         if question is not None:
             if (row["answer"], row["digest"]) != (question.answer, digest(question)):
                 continue
-            row |= _scored(benchmark, question, row["reply"])
-            kept[name] = row["reply"]
+            kept[name] = Said(row["reply"], row.get("heard"))
+            row |= _scored(benchmark, question, kept[name])
         lines.append(line(row))
     write_atomically(path, "".join(lines))
     return kept
@@ -302,26 +377,30 @@ def _table(group: Sequence[Result]) -> Table:
     first = group[0]
     single = len(group) == 1
     limited = f", first {first.limit} questions only" if first.limit is not None else ""
+    lower = ", lower is better" if first.benchmark.lower_is_better else ""
     name = first.benchmark.name if single else first.benchmark.family
-    table = Table(
-        title=f"{name} ({first.benchmark.metric}{limited})", title_justify="left", title_style="bold"
-    )
+    title = f"{name} ({first.benchmark.metric} in %{lower}{limited})"
+    # rich breaks a title where its table ends, and one of two rates is narrow.
+    table = Table(title=title, title_justify="left", title_style="bold", min_width=min(len(title), 80))
     summaries = [result.summary() for result in group]
     constant: Mapping[str, Any] = summaries[0]["best_constant"]
     table.add_column("")
     for result in group:
-        table.add_column("score" if single else result.benchmark.name, justify="right")
+        shown = "errors" if lower else "score"
+        table.add_column(shown if single else result.benchmark.name, justify="right")
     if constant:
         table.add_column("best constant", justify="right", style="dim")
-    keys = list(dict.fromkeys(key for summary in summaries for key in summary["numbers"] if key != "mean"))
-    for key in [*keys, "mean"]:
-        if key == "mean":
+    keys = list(dict.fromkeys(key for summary in summaries for key in summary["numbers"]))
+    if constant or MEAN in keys:
+        keys = [*(key for key in keys if key != MEAN), MEAN]
+    for key in keys:
+        if key == MEAN:
             table.add_section()
         cells = [_cell(summary["numbers"].get(key)) for summary in summaries]
         if constant:
             values = [c["accuracy"] for c in constant.values()]
             cells.append(_cell(constant[key]["accuracy"] if key in constant else sum(values) / len(values)))
-        table.add_row(key, *cells, style="bold" if key == "mean" else None)
+        table.add_row(ROWS.get(key, key), *cells, style="bold" if key in (MEAN, "wer") else None)
     table.add_row("questions", *(f"{summary['questions']:,}" for summary in summaries), style="dim")
     return table
 

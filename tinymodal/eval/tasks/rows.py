@@ -1,6 +1,7 @@
 """Your own questions, by exact match: a .json, .jsonl or .parquet file of rows.
 
 A row is ``{"image", "question", "answer"}``. ``image`` is a path beside the file, a list of them, or null.
+With ``audio``, a path too, it is played behind the pictures, and is the question where there is no other.
 Rows with a ``kind`` (any word but ``mean``) are also told apart by it. Where exact match is not the right
 score, write a ``my_bench.py`` with a ``BENCHMARK`` of your own instead.
 """
@@ -39,9 +40,13 @@ def from_file(path: Path) -> Benchmark:
 def _questions(path: Path) -> Iterator[Question]:
     from tinymodal.data.sources import open_source
 
-    rows = open_source(path, "vqa")
+    rows, spoken = open_source(path, "vqa"), None
     for i in range(len(rows)):
-        sample = rows.sample(i)
+        if rows.row(i).get("audio") is None:
+            sample = rows.sample(i)
+        else:
+            spoken = spoken or open_source(path, "spoken")
+            sample = spoken.sample(i)
         *asked, told = sample.messages
         answer = "".join(part.text for part in told.parts if isinstance(part, Text))
         kind = rows.row(i).get("kind")

@@ -90,17 +90,21 @@ def shuffled(asked: Sequence[Question], seed: int = 0) -> list[Question]:
     """
     rings: dict[tuple[str, int], list[int]] = {}
     for i, question in enumerate(asked):
-        rings.setdefault((question.meta["kind"], len(list(question.sample.media()))), []).append(i)
+        rings.setdefault((question.meta["kind"], len(_pictures(question.sample))), []).append(i)
     donor: dict[int, Question] = {}
     for ring in rings.values():
         random.Random(f"{seed}/shuffled").shuffle(ring)
         if len(ring) > 1:
             donor |= {i: asked[j] for i, j in zip(ring, ring[1:] + ring[:1], strict=True)}
     return [
-        replace(question, sample=_with_pictures(question.sample, donor[i].sample.media()))
+        replace(question, sample=_with_pictures(question.sample, _pictures(donor[i].sample)))
         for i, question in enumerate(asked)
         if i in donor
     ]
+
+
+def _pictures(sample: Sample) -> list[Image]:
+    return [part for part in sample.media() if isinstance(part, Image)]
 
 
 def _with_pictures(sample: Sample, pictures: Iterable[Image]) -> Sample:

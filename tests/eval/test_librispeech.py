@@ -1,0 +1,55 @@
+"""A folder that lies as LibriSpeech does is a benchmark of its word error rate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+
+from tinymodal.core.errors import DataError
+from tinymodal.core.types import Audio
+from tinymodal.eval.folder import digest
+from tinymodal.eval.run import benchmark
+
+
+@pytest.fixture
+def folder(tmp_path):
+    at = tmp_path / "test-clean" / "84" / "121123"
+    at.mkdir(parents=True)
+    (at / "84-121123.trans.txt").write_text("84-121123-0000 GO ON\n84-121123-0001 TWO RED CATS\n\n")
+    for n in range(2):
+        wave = np.sin(np.arange(8_000) * (n + 1) / 20).astype(np.float32)
+        soundfile.write(at / f"84-121123-000{n}.flac", wave, 16_000)
+    return tmp_path / "test-clean"
+
+
+def test_every_utterance_is_asked_once_and_the_rate_is_over_all(folder):
+    found = benchmark(str(folder))
+    assert found.name == "test-clean"
+    asked = list(found.load())
+    assert [question.answer for question in asked] == ["GO ON", "TWO RED CATS"]
+    sounds = [part for q in asked for part in q.sample.messages[0].parts if isinstance(part, Audio)]
+    assert [sound.source.name for sound in sounds] == ["84-121123-0000.flac", "84-121123-0001.flac"]
+    scores = [
+        replace(found.score(q, r), meta=q.meta) for q, r in zip(asked, ["go on.", "2 dogs"], strict=True)
+    ]
+    assert [score.value for score in scores] == pytest.approx([1, 1 / 3])
+    assert found.reduce(scores)["wer"] == pytest.approx(2 / 5)
+
+
+def test_what_is_missing_is_named_with_its_line(folder):
+    (folder / "84" / "121123" / "84-121123-0001.flac").unlink()
+    with pytest.raises(DataError, match=r"trans\.txt: line 2: no sound 84-121123-0001\.flac"):
+        list(benchmark(str(folder)).load())
+    (folder / "84" / "121123" / "84-121123.trans.txt").write_text("84-121123-0000\n")
+    with pytest.raises(DataError, match="line 1: 84-121123-0000 has no words"):
+        list(benchmark(str(folder)).load())
+
+
+def test_another_sound_is_another_question(folder):
+    first, second = benchmark(str(folder)).load()
+    assert digest(first) != digest(second)
+    same = next(iter(benchmark(str(folder)).load()))
+    assert digest(first) == digest(same)
