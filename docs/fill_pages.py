@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
-from tinymodal.train.recipe import Lora, Parallel, Recipe, Source, Stage, Teacher
+from tinymodal.compose.spec import AudioSpec, LanguageSpec, ModelSpec, SpeechSpec, VisionSpec
+from tinymodal.train.recipe import Augment, Lora, Parallel, Recipe, Source, Stage, Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES: dict[type[BaseModel], str] = {
@@ -29,9 +29,12 @@ TABLES: dict[type[BaseModel], str] = {
     ModelSpec: "`[model]`",
     LanguageSpec: "`[model.language]`",
     VisionSpec: "`[model.vision]`",
+    AudioSpec: "`[model.audio]`",
+    SpeechSpec: "`[model.speech]`",
     Stage: "each `[[stages]]`",
     Lora: "a stage's `lora`",
     Source: "each member of a stage's `data` and `held_out`",
+    Augment: "a source's `augment`",
     Teacher: "a stage's `teacher`",
     Parallel: "`[parallel]`",
 }
@@ -46,6 +49,9 @@ KINDS = {
     "ModelSpec": "table",
     "LanguageSpec": "table",
     "VisionSpec": "table",
+    "AudioSpec": "table",
+    "SpeechSpec": "table",
+    "Augment": "table",
     "Lora": "table",
     "Parallel": "table",
     "Teacher": "table",
@@ -57,13 +63,20 @@ KINDS = {
     "dict[str, Rate]": "table",
     "dict[str, bool | int | float | str]": "table",
     "Number | tuple[Number, ...]": "whole number or list",
+    "tuple[Number, ...]": "list",
+    "tuple[Factor, Factor]": "two numbers, 0.25 to 4",
+    "tuple[Decibel, Decibel]": "two numbers, -60 to 100",
+    "Annotated[float, Field(gt=0)]": "number > 0",
+    "Annotated[int, Strict(), Field(ge=0)]": "whole number ≥ 0",
     "tuple[Count, Count]": "two whole numbers",
     "tuple[tuple[Count, Count], ...]": "list of pairs",
     "Annotated[bool, Strict()]": "true, false",
-    "dict[Literal['vision', 'language'], str]": "table: `vision`, `language`",
+    "dict[Literal['vision', 'audio', 'language', 'speech'], str]": (
+        "table: `vision`, `audio`, `language`, `speech`"
+    ),
     "tuple[Stage, ...]": "list of tables",
     "tuple[Source, ...]": "list of tables",
-    "tuple[Loss, ...]": "list of `text`, `cells`, `dpo`, `distill`",
+    "tuple[Loss, ...]": "list of `text`, `cells`, `dpo`, `distill`, `speech`",
     "tuple[Count, ...]": "list of whole numbers",
     "tuple[Fraction, Fraction]": "two numbers",
     "Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]": "number > 0",

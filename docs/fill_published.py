@@ -26,7 +26,7 @@ TOWERS = {"siglip": "SigLIP", "clip": "CLIP", "mof": "CLIP + DINOv2"}
 
 def recipes() -> dict[str, Recipe]:
     """Name of each file -> what it says."""
-    return {path.stem: load(path, Recipe) for path in sorted(FOLDER.glob("*.toml"))}
+    return {path.stem: load(path, Recipe) for path in sorted(FOLDER.glob("tinymodal-*.toml"))}
 
 
 def parts_of(name: str) -> tuple[str, str, str]:

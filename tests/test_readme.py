@@ -168,6 +168,7 @@ ROWS = [block for block in blocks(DOCS / "data-formats.md") if block.language ==
 def test_every_row_that_a_page_shows_is_converted(block, tmp_path, monkeypatch):
     from PIL import Image
 
+    from tinymodal.core.types import Speech
     from tinymodal.data.convert import CONVERTERS
     from tinymodal.data.sources import open_source
 
@@ -177,13 +178,19 @@ def test_every_row_that_a_page_shows_is_converted(block, tmp_path, monkeypatch):
             (tmp_path / own.title).write_text(own.text)
     for name in ("cat.jpg", "bus.jpg"):
         Image.new("RGB", (12, 9)).save(tmp_path / name)
+    for name in ("rain.flac", "asked.flac", "said.wav"):
+        (tmp_path / name).write_bytes(b"a sound")
     (tmp_path / "rows.jsonl").write_text(json.dumps(json.loads(block.text)) + "\n")
 
     sample = open_source("rows.jsonl", block.title).sample(0)
 
     assert find(block.title, CONVERTERS, "row format")
     assert sample.messages[-1].role == "assistant"
-    assert len(list(sample.media())) == len(re.findall(r"\w+\.jpg", block.text))
+    # On the page what is heard is flac or base64, what is spoken wav.
+    shown = re.findall(r'\w+\.(?:jpg|flac)|{"data"', block.text)
+    assert len(list(sample.media())) == len(shown)
+    spoken = [part for turn in sample.messages for part in turn.parts if isinstance(part, Speech)]
+    assert len(spoken) == len(re.findall(r"\w+\.wav", block.text))
 
 
 def test_every_format_has_a_row_on_the_page():
