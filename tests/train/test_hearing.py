@@ -590,6 +590,7 @@ held_out = [{ path = "data/*.jsonl", format = "tts" }]
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_for_large_ears_and_a_large_mouth_runs_at_toy_size(tmp_path):
     (tmp_path / "mine.toml").write_text(TOY)
     small, toy = shrink_recipe(load(tmp_path / "mine.toml", Recipe), tmp_path / "toy")
