@@ -93,7 +93,7 @@ def add_preview(verbs: Verbs) -> None:
 def add_cache(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "cache",
-        help="keep what a frozen tower says of every picture, ahead of training: tinymodal cache my.toml",
+        help="keep what frozen towers say of pictures and sounds, ahead of training: tinymodal cache my.toml",
     )
     add_recipe(p, tiny=False)
     p.add_argument(
@@ -339,7 +339,7 @@ def run_cache(args: argparse.Namespace) -> None:
 
     for stage, done in fill(recipe, args.workers).items():
         print(
-            f"stage {stage}: {done.num_pictures:,} pictures of {done.num_rows:,} rows, {done.num_new:,} new, "
+            f"stage {stage}: {done.num_pictures:,} media of {done.num_rows:,} rows, {done.num_new:,} new, "
             f"{done.num_hits:,} kept before; {done.num_bytes / 1e6:,.0f} MB"
         )
         for name, why in done.bad:

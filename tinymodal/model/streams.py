@@ -116,7 +116,7 @@ class Convolve(Pipe):
             self.started = True
             # The two ends are far enough apart to be filled on their own, unless this is all there is.
             x = fill(x, self.left, self.right if last else 0, self.mode)
-        elif last:
+        elif last and self.right:  # of a kernel of one step nothing is held that could be filled
             x = fill(x, 0, self.right, self.mode)
         self.held = x[..., max(x.shape[2] - self.reach, 0) :]
         if x.shape[2] <= self.reach:
