@@ -17,7 +17,7 @@ from tinymodal.train.recipe import Recipe
 pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"per_kind": 2, "per_kind_unseen": 2}
+SIZES = {"per_kind": 2, "per_kind_unseen": 2, "clips": 3, "per_kind_asked": 1, "per_kind_aloud": 1}
 RECIPE = """
 name = "demo"
 seed = 4
@@ -73,7 +73,7 @@ from tinymodal.train import stage as one_stage
 if sys.argv[1] == "kill":
     own, steps = one_stage.step, iter(range(100))
     one_stage.step = lambda *given, **named: own(*given, **named) if next(steps) < 8 else os._exit(9)
-demo(Path("out"), recipe=Path({recipe!r}), starter={starter!r}, per_kind=2, per_kind_unseen=2)
+demo(Path("out"), recipe=Path({recipe!r}), starter={starter!r}, sizes={sizes!r})
 """
 
 
@@ -116,7 +116,7 @@ def untrained(monkeypatch):
 
 
 def begin(parts, folder, **more):
-    return demo(folder, recipe=parts / "demo.toml", starter=str(parts / "starter"), **SIZES, **more)
+    return demo(folder, recipe=parts / "demo.toml", starter=str(parts / "starter"), sizes=SIZES, **more)
 
 
 def check(report: dict, folder: Path) -> None:
@@ -229,7 +229,7 @@ def test_without_align_only_the_first_stage_is_gone(recipe):
 
 def test_a_missing_starter_model_is_told_before_anything_trains(parts, untrained, tmp_path):
     with pytest.raises(TinyModalError, match="nowhere"):
-        demo(tmp_path, recipe=parts / "demo.toml", starter="./nowhere", **SIZES)
+        demo(tmp_path, recipe=parts / "demo.toml", starter="./nowhere", sizes=SIZES)
     assert untrained == []
 
 
@@ -268,7 +268,7 @@ def test_a_real_demo_survives_a_kill_and_its_model_answers(parts, tmp_path):
     """Trains for real, is killed in the middle of the second stage, goes on; the model it leaves talks."""
     script = tmp_path / "script.py"
     names = {"root": ROOT, "recipe": parts / "demo.toml", "starter": parts / "starter"}
-    script.write_text(SCRIPT.format(**{name: str(path) for name, path in names.items()}))
+    script.write_text(SCRIPT.format(**{name: str(path) for name, path in names.items()}, sizes=SIZES))
 
     def start(how: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(script), how]

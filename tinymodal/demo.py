@@ -1,9 +1,12 @@
 """The demo: train a small model from the starter parts, score it, and say how to talk to it.
 
-Two stages (align, instruct) on made pictures; a second run without the first stage shows what aligning
-gives. Then questions about pictures that were made after training, with a fresh seed: new scenes, pairs of
-shape and colour that training never showed, and the first ones again with the pictures shuffled. The model
-that ships with TinyModal answers the same questions.
+Two stages (align, instruct) on made pictures and sounds, and a third (speak) that gives it a voice; a second
+run without the first stage shows what aligning gives. Then questions about pictures that were made after
+training, with a fresh seed: new scenes, pairs of shape and colour that training never showed, and the first
+ones again with the pictures shuffled. Some are asked aloud by voices that training did not have, and some are
+answered aloud. The model that ships with TinyModal answers the same questions.
+
+A recipe whose model is deaf or mute is scored on what it can do.
 
 Everything finished is kept in the run folder, and the same command goes on from there.
 """
@@ -26,19 +29,37 @@ from tinymodal.core.config import differences
 from tinymodal.core.config import load as load_recipe
 from tinymodal.core.errors import RecipeError
 from tinymodal.core.log import program, say
-from tinymodal.core.types import Text
+from tinymodal.core.types import Image, Sample, Text
 from tinymodal.eval import report as pages
+from tinymodal.eval.answers import exact
 from tinymodal.eval.curves import curves
-from tinymodal.eval.run import Result, run, write_atomically
-from tinymodal.eval.tasks import scenes
+from tinymodal.eval.playable import playable, sounds_of
+from tinymodal.eval.run import Answered, Result, run, write_atomically
+from tinymodal.eval.speaking import aloud
+from tinymodal.eval.tasks import scenes, sounds
+from tinymodal.eval.tasks.table import PER_KIND_ALOUD
 from tinymodal.train.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
-    from tinymodal.eval.benchmark import Benchmark
+    from tinymodal.infer.engine import Engine
 
 STAGES = ("align", "instruct")
+SPEAK = "speak"
+"""A third stage, which the recipe may have."""
 WITHOUT = "without-align"
+STARTER = "starter model"
+NUM_PLAYED = 3
+"""Cards with sounds of each sort."""
+SIZES = {
+    "per_kind": scenes.PER_KIND,
+    "per_kind_unseen": scenes.PER_KIND_UNSEEN,
+    "clips": sounds.CLIPS,
+    "per_kind_asked": sounds.PER_KIND_ASKED,
+    "per_kind_aloud": PER_KIND_ALOUD,
+}
+"""Questions of each kind about new scenes, and as many with the pictures shuffled; about unseen pairs; clips
+to repeat; questions of each kind that are asked aloud; and that are answered aloud."""
 
 
 def demo(
@@ -47,8 +68,7 @@ def demo(
     recipe: Path | None = None,
     seed: int | None = None,
     starter: str = "starter",
-    per_kind: int = scenes.PER_KIND,
-    per_kind_unseen: int = scenes.PER_KIND_UNSEEN,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Run the demo, or go on with it; the report, which also lies in ``folder/report.json``.
 
@@ -57,33 +77,35 @@ def demo(
         recipe: with stages named align and instruct; ``recipes/demo.toml`` if None.
         seed: of the test questions; None draws one that nobody has seen.
         starter: the model that answers beside the trained one.
-        per_kind: questions of each kind about new scenes, and as many with the pictures shuffled.
-        per_kind_unseen: questions of each kind about unseen pairs.
+        sizes: numbers of questions that differ from ``SIZES``.
 
     Raises:
         RecipeError: the recipe is not there, lacks a stage, or is not the one ``folder`` was begun with.
     """
     value = load_recipe(recipe or find_recipe(), Recipe)
     skipping = without_align(value)
-    book = Book(folder, value, seed, {"per_kind": per_kind, "per_kind_unseen": per_kind_unseen})
-    tests = scenes.benchmarks(book.seed, per_kind, per_kind_unseen)
+    book = Book(folder, value, seed, {**SIZES, **(sizes or {})})
+    tests = Tests(book.seed, book.sizes)
 
     def score_stage(composed: Composed, piece: str) -> None:
         at = folder / "scores" / piece
         if piece == "instruct":
             book.keep(piece, lambda: score_all(composed, tests, at, "this model", gallery=True))
+        elif piece == SPEAK:
+            book.keep(piece, lambda: score_speech(composed, tests, at, "this model", gallery=True))
         else:
             book.keep(piece, lambda: score_new(composed, tests, at))
+
+    def score_starter() -> dict[str, Any]:
+        composed, at = _load(starter), folder / "scores" / "starter"
+        return score_all(composed, tests, at, STARTER) | score_speech(composed, tests, at, STARTER)
 
     with book.measured():
         if not book.has("starter"):
             _load(starter)  # missing files are told now, not after the training
-        train(value, folder, book, {stage: stage for stage in STAGES}, score_stage)
+        train(value, folder, book, {stage.name: stage.name for stage in value.stages}, score_stage)
         train(skipping, folder / WITHOUT, book, {"instruct": "instruct_without_align"}, score_stage)
-        book.keep(
-            "starter",
-            lambda: score_all(_load(starter), tests, folder / "scores" / "starter", "starter model"),
-        )
+        book.keep("starter", score_starter)
     report = write_report(folder, value, book)
     tell(folder, report, book)
     return report
@@ -103,19 +125,20 @@ def find_recipe() -> Path:
 
 
 def without_align(recipe: Recipe) -> Recipe:
-    """The same recipe with its first stage left out; what remains sees the same samples in the same order.
+    """The same recipe without its first stage, and mute; what remains sees the same samples in their order.
 
     Raises:
-        RecipeError: the stages are not align and instruct.
+        RecipeError: the stages are not align and instruct, and perhaps speak.
     """
     names = [stage.name for stage in recipe.stages]
-    if tuple(names) != STAGES:
+    if tuple(names) not in (STAGES, (*STAGES, SPEAK)):
         raise RecipeError(
-            f"recipe '{recipe.name}': the demo needs the stages {' and '.join(STAGES)}, in this order; "
-            f"found {', '.join(names)}."
+            f"recipe '{recipe.name}': the demo needs the stages {' and '.join(STAGES)}, in this order, and "
+            f"then {SPEAK} if it shall speak; found {', '.join(names)}."
         )
     kept = recipe.stages[1].model_copy(update={"seed": recipe.stage_seed(1)})
-    return recipe.model_copy(update={"name": f"{recipe.name}-{WITHOUT}", "stages": (kept,)})
+    mute = recipe.model.model_copy(update={"speech": None})
+    return recipe.model_copy(update={"name": f"{recipe.name}-{WITHOUT}", "model": mute, "stages": (kept,)})
 
 
 def train(
@@ -164,33 +187,103 @@ def stage_model(folder: Path, stage: str) -> Path:
     return own if own.is_dir() else folder / "model"
 
 
-def score_new(composed: Composed, tests: Mapping[str, Benchmark], folder: Path) -> dict[str, Any]:
+class Tests:
+    """What models are asked, by the name that scores have in the report.
+
+    Args:
+        seed: of all questions.
+        sizes: see ``SIZES``.
+        split: of pictures and voices.
+    """
+
+    def __init__(self, seed: int, sizes: Mapping[str, int] = SIZES, split: scenes.Split = "test") -> None:
+        self.scenes = scenes.benchmarks(seed, sizes["per_kind"], sizes["per_kind_unseen"], split)
+        self.sounds = sounds.benchmarks(seed, sizes["clips"], sizes["per_kind_asked"], split)
+        few = scenes.benchmarks(seed, sizes["per_kind_aloud"], 1, split)
+        self.aloud = aloud(few["new"], name="speech-roundtrip")
+
+
+def score_new(composed: Composed, tests: Tests, folder: Path) -> dict[str, Any]:
     """Accuracy on new scenes only: ``{kinds, mean_new}``."""
     from tinymodal.infer.engine import Engine
 
     numbers = run(
-        tests["new"], Engine(composed), folder, title=f"score {folder.name.replace('_', ' ')}"
+        tests.scenes["new"], Engine(composed), folder, title=f"score {folder.name.replace('_', ' ')}"
     ).numbers
     return {"mean_new": numbers.pop("mean"), "kinds": numbers}
 
 
 def score_all(
-    composed: Composed, tests: Mapping[str, Benchmark], folder: Path, title: str, gallery: bool = False
+    composed: Composed, tests: Tests, folder: Path, title: str, gallery: bool = False
 ) -> dict[str, Any]:
-    """All three tests: ``{kinds, mean}`` of the report, and the gallery if asked for."""
+    """What is seen, and what is heard if it hears: ``{kinds, mean, hear, spoken_questions}`` of the report.
+
+    With ``gallery`` the cards of its questions as well.
+    """
     from tinymodal.infer.engine import Engine
 
     engine = Engine(composed)
     names = {"new": "new scenes", "unseen_pairs": "unseen pairs", "shuffled": "shuffled pictures"}
     results = {
-        key: run(test, engine, folder, title=f"score {title}: {names[key]}") for key, test in tests.items()
+        key: run(test, engine, folder, title=f"score {title}: {names[key]}")
+        for key, test in tests.scenes.items()
     }
     asked = [row.question for row in results["new"].answered]
     numbers = {key: result.numbers for key, result in results.items()}
     scores = scenes.by_kind(numbers["new"], numbers["unseen_pairs"], numbers["shuffled"], asked)
-    if gallery:
-        scores["gallery"] = [*_cards(results["new"]), *_cards(results["unseen_pairs"], "unseen pair")]
-    return scores
+    cards = [*_cards(results["new"]), *_cards(results["unseen_pairs"], "unseen pair")]
+    if composed.model.config.audio_config is not None:
+        heard, played = _score_hearing(engine, tests, folder, title, results["new"])
+        scores, cards = {**scores, **heard}, [*cards, *played]
+    return {**scores, "gallery": cards} if gallery else scores
+
+
+def _score_hearing(
+    engine: Engine, tests: Tests, folder: Path, title: str, written: Result
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """``{hear, spoken_questions}`` of the report, and cards."""
+    names = {
+        "seen_voices": "voices of training",
+        "unseen_voices": "other voices",
+        "shuffled": "shuffled sounds",
+        "asked": "questions asked aloud",
+    }
+    results = {
+        key: run(test, engine, folder, title=f"score {title}: {names[key]}")
+        for key, test in tests.sounds.items()
+    }
+    spoken = results["asked"]
+    # The same questions, and no others, of those that were asked in writing.
+    same = {row.question.sample.id.removeprefix("spoken/") for row in spoken.answered}
+    read = [row.score for row in written.answered if row.question.sample.id in same]
+    scores = {
+        "hear": {
+            "wer_seen_voices": results["seen_voices"].numbers["wer"],
+            "wer_unseen_voices": results["unseen_voices"].numbers["wer"],
+            "shuffled": results["shuffled"].numbers["wer"],
+        },
+        "spoken_questions": {
+            "mean_new": spoken.numbers["mean"],
+            "mean_written": written.benchmark.reduce(read)["mean"],
+        },
+    }
+    said = {f"spoken/{row.question.sample.id}": _last_words(row.question.sample) for row in written.answered}
+    clips = [_card(row, "a new voice") for row in results["unseen_voices"].answered[:NUM_PLAYED]]
+    return scores, [*_cards(spoken, "asked aloud", said)[:NUM_PLAYED], *clips]
+
+
+def score_speech(
+    composed: Composed, tests: Tests, folder: Path, title: str, gallery: bool = False
+) -> dict[str, Any]:
+    """``{speak}`` of the report, and the cards of some answers; nothing of a model that does not speak."""
+    if composed.codec is None:
+        return {}
+    from tinymodal.infer.engine import Engine
+
+    engine = Engine(composed)
+    result = run(tests.aloud, engine, folder, title=f"score {title}: answers aloud")
+    scores: dict[str, Any] = {"speak": result.speech}
+    return {**scores, "gallery": _spoken_cards(engine, result)} if gallery else scores
 
 
 def write_report(folder: Path, recipe: Recipe, book: Book) -> dict[str, Any]:
@@ -198,6 +291,7 @@ def write_report(folder: Path, recipe: Recipe, book: Book) -> dict[str, Any]:
     from tinymodal.train.machine import record
 
     trained, starter, made_on = book.read("instruct"), book.read("starter"), record()
+    spoken = book.read(SPEAK) if book.has(SPEAK) else {}
     report = {
         "name": recipe.name,
         "kinds": trained["kinds"],
@@ -210,7 +304,8 @@ def write_report(folder: Path, recipe: Recipe, book: Book) -> dict[str, Any]:
             },
             "instruct_without_align": book.read("instruct_without_align"),
         },
-        "starter": {"kinds": starter["kinds"], "mean": starter["mean"]},
+        **_told({**trained, **spoken}),
+        "starter": {"kinds": starter["kinds"], "mean": starter["mean"], **_told(starter)},
         **book.spent(),
         "training_seconds": book.training(),
         "test_seed": book.seed,
@@ -220,18 +315,30 @@ def write_report(folder: Path, recipe: Recipe, book: Book) -> dict[str, Any]:
     lines = []
     for name, at in (("with align", folder), ("without align", folder / WITHOUT)):
         lines += curves(_rows(at / "metrics.jsonl"), name)
-    cards = [
-        pages.Card(**{**card, "pictures": tuple(map(base64.b64decode, card["pictures"]))})
-        for card in trained["gallery"]
-    ]
+    gallery = [*trained["gallery"], *spoken.get("gallery", [])]
+    cards = [pages.Card(**{**card, **_files(card)}) for card in gallery]
     write_sample(folder, trained["gallery"])
     write_atomically(folder / "report.html", pages.page(report, lines, cards, chat_command(folder)))
     return report
 
 
+def _told(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of some scores that is about sound."""
+    return {key: scores[key] for key in pages.SOUND if key in scores}
+
+
+def _files(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Pictures and sounds of a card as the files that they are."""
+    pictures, played = (tuple(map(base64.b64decode, card[key])) for key in ("pictures", "sounds"))
+    return {"pictures": pictures, "sounds": played, "spoken": base64.b64decode(card.get("spoken", ""))}
+
+
 def write_sample(folder: Path, gallery: Sequence[Mapping[str, Any]]) -> None:
     """A picture to talk about: the first of the gallery that stands alone."""
     card = next(card for card in gallery if len(card["pictures"]) == 1)
+    for played in (played for card in gallery for played in card["sounds"][:1]):
+        (folder / "sample.ogg").write_bytes(base64.b64decode(played))
+        break
     (folder / "sample.png").write_bytes(base64.b64decode(card["pictures"][0]))
 
 
@@ -251,6 +358,8 @@ def tell(folder: Path, report: Mapping[str, Any], book: Book) -> None:
     console.print(
         pages.terminal_table(report["starter"], "The starter model, trained longer, on the same questions")
     )
+    if (table := pages.terminal_sounds(report)) is not None:
+        console.print(table)
     stages = Table(
         title="New scenes, mean of the kinds", title_justify="left", title_style="bold", show_header=False
     )
@@ -312,6 +421,7 @@ class Book:
             self._data = new
             self._save()
         self.seed: int = self._data["seed"]
+        self.sizes: dict[str, int] = self._data["sizes"]
 
     def has(self, piece: str) -> bool:
         return self._piece(piece).exists()
@@ -402,26 +512,69 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _cards(result: Result, note: str = "") -> list[dict[str, Any]]:
-    """The first question of each kind, as :class:`tinymodal.eval.report.Card` with pictures in base64."""
-    first: dict[str, dict[str, Any]] = {}
+def _cards(result: Result, note: str = "", said: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """The first question of each kind, as :class:`tinymodal.eval.report.Card` with its files in base64.
+
+    Args:
+        result: what was answered.
+        note: on all of the cards.
+        said: question id -> its words, where they are heard instead of read.
+    """
+    first: dict[str, Answered] = {}
     for row in result.answered:
-        kind = row.question.meta["kind"]
-        if kind in first:
-            continue
-        pictures = [base64.b64encode(_png(image.source)).decode() for image in row.question.sample.media()]
-        # The last words are the question; those before them name the pictures of a comparison.
-        words = [p.text for p in row.question.sample.messages[-1].parts if isinstance(p, Text)]
-        first[kind] = {
-            "pictures": pictures,
-            "question": words[-1].strip(),
-            "reply": row.reply,
-            "answer": row.question.answer,
-            "kind": kind,
-            "right": row.score.value == 1,
-            "note": note,
-        }
-    return list(first.values())
+        first.setdefault(row.question.meta["kind"], row)
+    return [_card(row, note, (said or {}).get(row.question.sample.id)) for row in first.values()]
+
+
+def _card(row: Answered, note: str, said: str | None = None) -> dict[str, Any]:
+    sample = row.question.sample
+    pictures = [part for part in sample.media() if isinstance(part, Image)]
+    return {
+        "pictures": [_base64(_png(picture.source)) for picture in pictures],
+        "sounds": [_base64(file) for file in sounds_of(sample)],
+        "question": _last_words(sample) if said is None else said,
+        "reply": row.reply,
+        "answer": row.question.answer,
+        "kind": row.question.meta["kind"],
+        "right": row.score.value == 1,
+        "note": note,
+    }
+
+
+def _spoken_cards(engine: Engine, result: Result) -> list[dict[str, Any]]:
+    """The first answers aloud, one of each kind, and what was heard of them."""
+    from tinymodal.infer.engine import Sampling
+
+    first: dict[str, Answered] = {}
+    for row in result.answered:
+        first.setdefault(row.question.meta["kind"], row)
+    kept = list(first.values())[:NUM_PLAYED]
+    sampling = Sampling(max_new_tokens=result.benchmark.max_new_tokens)
+    said = engine.reply([row.question.sample for row in kept], sampling, speak=True)
+    cards = []
+    for row, reply in zip(kept, said, strict=True):
+        assert reply.audio is not None
+        assert reply.rate_hz is not None
+        card = _card(row, "answered aloud")
+        right = exact(row.question, row.reply).value == 1  # of the text, not of what was heard
+        cards.append(
+            {
+                **card,
+                "right": right,
+                "spoken": _base64(playable(reply.audio, reply.rate_hz)),
+                "heard": row.heard or "",
+            }
+        )
+    return cards
+
+
+def _last_words(sample: Sample) -> str:
+    """The question; words before it name the pictures of a comparison."""
+    return [part.text for part in sample.messages[-1].parts if isinstance(part, Text)][-1].strip()
+
+
+def _base64(file: bytes) -> str:
+    return base64.b64encode(file).decode()
 
 
 def _png(picture: Any) -> bytes:

@@ -52,6 +52,7 @@ from tinymodal.compose.towers import (
     read_pair_config,
     read_tower_config,
 )
+from tinymodal.compose.whole import KINDS, model_folder, prepared_as
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.core.lookup import nearest
 from tinymodal.model.audio import Hearing
@@ -271,7 +272,7 @@ def _perceiving(
 def _load_new(model: TinyModalForConditionalGeneration, spec: ModelSpec, ears: Ears | None) -> None:
     """Weights of the ears and the mouth that ``spec`` names."""
     if ears is not None and ears.folder is not None:
-        load_tower(model.model.towers["audio"], ears.folder, "model.audio.path")
+        load_tower(model.model.towers["audio"], ears.folder, "model.audio.path", "audio")
     if spec.audio is not None and spec.audio.connector_path is not None:
         load_connector(model, spec.audio.connector_path, "model.audio.connector_path", "audio")
     if spec.speech is not None and spec.speech.path is not None:
@@ -390,9 +391,7 @@ def load(
     Raises:
         CheckpointError: there is no such folder, it holds another kind of model, or not all of its weights.
     """
-    folder = fetch(str(path), key)
-    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
+    folder = model_folder(str(path), key)
     where = f"{key}: {folder}" if key else str(folder)
     found = read_json(folder / "config.json", where).get("model_type")
     if found != TinyModalConfig.model_type:
@@ -451,7 +450,7 @@ def save_part(
         ValueError: ``language`` without ``tokenizer``.
     """
     if part in ("vision", "audio"):
-        kind = {"vision": "image", "audio": "audio"}[part]
+        kind = KINDS[part]
         if kind not in model.model.towers:
             raise RecipeError(f"parts.{part}: this model has no {part} tower to save; take the key out")
         config: Any = getattr(model.config, f"{part}_config")
@@ -603,7 +602,9 @@ def _preparation(
         mean, std = normalisation(folder, config)
         how = replace(how, mean=mean, std=std)
     file = folder / "preprocessor_config.json" if folder else None
-    if file is not None and file.is_file():
+    if folder is not None and (own := prepared_as(folder, "vision")) is not None:
+        how = replace(how, resample=own["resample"])
+    elif file is not None and file.is_file():
         number = read_json(file, f"model.vision.path: {folder}").get("resample")
         if number in RESAMPLE:
             how = replace(how, resample=RESAMPLE[number])

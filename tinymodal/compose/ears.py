@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinymodal.compose.pretrained import fetch, one_line, read_json
+from tinymodal.compose.pretrained import one_line, read_json
 from tinymodal.compose.spec import AudioSpec
+from tinymodal.compose.whole import prepared_as, read_tower
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.model.audio import Hearing
 from tinymodal.model.audio_towers import audio_encoder_of, audio_tower_config
@@ -59,10 +60,9 @@ def read_audio_config(name: str, key: str) -> tuple[Path, PreTrainedConfig]:
     Raises:
         CheckpointError: there is no such folder, or nobody knows such a tower.
     """
-    folder = fetch(name, key)
-    where = f"{key}: {folder}"
-    with one_line(where, CheckpointError):
-        return folder, audio_tower_config(read_json(folder / "config.json", where))
+    folder, document = read_tower(name, key, "audio")
+    with one_line(f"{key}: {folder}", CheckpointError):
+        return folder, audio_tower_config(document)
 
 
 def hearing_of(spec: AudioSpec, config: PreTrainedConfig, folder: Path | None = None) -> Hearing:
@@ -74,6 +74,8 @@ def hearing_of(spec: AudioSpec, config: PreTrainedConfig, folder: Path | None = 
     """
     tower = audio_encoder_of(config)
     how = tower.hearing_of(config)
+    if folder is not None and (own := prepared_as(folder, "audio")) is not None:
+        how = Hearing.from_dict(own)
     file = folder / "preprocessor_config.json" if folder is not None else None
     if file is not None and file.is_file():
         how = _as_said(how, read_json(file, str(folder)), file)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tinymodal.compose.pretrained import locate, read_json
 from tinymodal.compose.published import CODECS, EARS, LANGUAGES, TOWERS
+from tinymodal.compose.whole import Perceives, read_tower
 from tinymodal.core.errors import RecipeError
 
 KEPT = (
@@ -25,10 +26,16 @@ TABLES: tuple[tuple[str, Mapping[str, Any]], ...] = (
 )
 """What the parts of each table are."""
 
+SCRIPTS: Mapping[str, Mapping[str, Any]] = {
+    "runs/starter-audio/parts/audio": {"model_type": "tinymodal_ear"},
+    "runs/starter-codec/codec": {"model_type": "tinymodal_codec", "books": 2},
+}
+"""What scripts among the recipes make, and where; what recipes make, they say themselves."""
+
 
 def is_known(name: str, table: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a name says what it is: by its folder here, or by the table."""
-    return name in table or config_file(name).is_file()
+    return name in table or name in SCRIPTS or config_file(name).is_file()
 
 
 def config_file(name: str) -> Path:
@@ -45,9 +52,10 @@ def known(name: str, table: Mapping[str, Mapping[str, Any]], key: str) -> dict[s
     """
     file = config_file(name)
     if file.is_file():
-        return read_json(file, f"{key}: {file.parent}")
-    if name in table:
-        return dict(table[name])
+        part: Perceives | None = "vision" if table is TOWERS else "audio" if table is EARS else None
+        return read_json(file, f"{key}: {file.parent}") if part is None else read_tower(name, key, part)[1]
+    if name in table or name in SCRIPTS:
+        return dict(table.get(name) or SCRIPTS[name])
     what = next(noun for noun, own in TABLES if own is table)
     for other, others in TABLES:
         if name in others:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tinymodal.chat.encode import Speaking
 from tinymodal.compose.pretrained import fetch, one_line, read_json, read_weights
 from tinymodal.compose.spec import SpeechSpec
+from tinymodal.compose.whole import model_folder, without_prefix
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.model.codec import Codec, open_codec
 from tinymodal.model.configuration_tinymodal import TinyModalConfig
@@ -91,19 +92,14 @@ def load_head(model: TinyModalForConditionalGeneration, name: str, key: str) -> 
     Raises:
         CheckpointError: there is no speech head, or one that does not fit.
     """
-    folder = fetch(name, key)
-    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
+    folder = model_folder(name, key)
     where = f"{key}: {folder}"
     kind = read_json(folder / "config.json", where).get("model_type")
     if kind not in (HEAD, TinyModalConfig.model_type):
         raise CheckpointError(f"{where}: holds a model of type {kind!r}, neither a composed one nor a head")
     with one_line(where, CheckpointError):
         weights = read_weights(folder, where)
-    found: dict[str, Tensor] = weights
-    if kind != HEAD:
-        begins = "speech_head."
-        found = {n.removeprefix(begins): w for n, w in weights.items() if n.startswith(begins)}
+    found: dict[str, Tensor] = weights if kind == HEAD else without_prefix(weights, "speech_head.")
     if not found:
         raise CheckpointError(f"{where}: has no speech head")
     head: Any = model.speech_head

@@ -29,14 +29,15 @@ if TYPE_CHECKING:
 
 SHIPPED = {
     "starter": "starter/model",
-    "starter/vision": "starter/vision",
+    "starter/vision": "starter/model",
+    "starter/audio": "starter/model",
+    "starter/speech": "starter/model",
+    "starter/codec": "starter/model/codec",
     "starter/language": "starter/language",
     "starter/tokenizer": "starter/tokenizer",
-    "starter/audio": "starter/audio",
-    "starter/codec": "starter/codec",
-    "starter/speech": "starter/speech",
 }
-"""Name -> folder inside the package."""
+"""Name -> folder inside the package. Towers, codec and speech head are those of the starter model; its
+language model is not the one that recipes begin with, which has never met a picture."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Any of these makes a folder a tokenizer's. Of a folder with none, transformers makes an empty tokenizer."""

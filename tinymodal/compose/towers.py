@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tinymodal.compose.pretrained import fetch, one_line, read_json, read_weights
+from tinymodal.compose.pretrained import one_line, read_json, read_weights
+from tinymodal.compose.whole import (
+    Perceives,
+    is_composed,
+    model_folder,
+    prepared_as,
+    read_tower,
+    tower_weights,
+    without_prefix,
+)
 from tinymodal.core.errors import CheckpointError
-from tinymodal.model.configuration_tinymodal import TinyModalConfig, settled_connectors
+from tinymodal.model.configuration_tinymodal import settled_connectors
 from tinymodal.model.encoders import encoder_of, tower_config
 from tinymodal.model.hf_audio import HFAudioTower
 from tinymodal.model.hf_tower import HFTower
@@ -37,10 +46,9 @@ def read_tower_config(name: str, key: str) -> tuple[Path, PreTrainedConfig]:
     Raises:
         CheckpointError: there is no such folder, or nobody knows such a tower.
     """
-    folder = fetch(name, key)
-    where = f"{key}: {folder}"
-    with one_line(where, CheckpointError):
-        return folder, tower_config(read_json(folder / "config.json", where))
+    folder, document = read_tower(name, key, "vision")
+    with one_line(f"{key}: {folder}", CheckpointError):
+        return folder, tower_config(document)
 
 
 def read_pair_config(
@@ -75,6 +83,8 @@ def normalisation(
         CheckpointError: the folder says something that is not three numbers.
     """
     how = encoder_of(config).preparation_of(config)
+    if folder is not None and (own := prepared_as(folder, "vision")) is not None:
+        return tuple(own["mean"]), tuple(own["std"])
     file = folder / "preprocessor_config.json" if folder is not None else None
     if file is None or not file.is_file():
         return how.mean, how.std
@@ -91,52 +101,81 @@ def normalisation(
     return found[0], found[1]
 
 
-def load_tower(tower: MediaEncoder, folder: Path | tuple[Path, ...], key: str) -> None:
+def load_tower(
+    tower: MediaEncoder, folder: Path | tuple[Path, ...], key: str, part: Perceives = "vision"
+) -> None:
     """Fill a tower with the weights of a checkpoint. What the tower does not have is left where it is.
 
     Args:
         tower: changed in place.
         folder: as :func:`read_tower_config` gave it; of a pair both, as :func:`read_pair_config` did.
         key: the recipe key that named it.
+        part: which tower of a composed model.
 
     Raises:
         CheckpointError: a weight of the tower is missing or has another shape.
     """
     if not isinstance(folder, Path):
         assert isinstance(tower, PairTower)
-        for i, part in enumerate((tower.first, tower.second)):
-            load_tower(part, folder[i], f"{key}[{i}]")
+        for i, each in enumerate((tower.first, tower.second)):
+            load_tower(each, folder[i], f"{key}[{i}]")
         return
     where = f"{key}: {folder}"
     with one_line(where, CheckpointError):
-        # A learned mean of layers is the model's, not the checkpoint's.
-        wanted = {name: w for name, w in tower.module.state_dict().items() if name != "layer_weights"}
-        is_hf = isinstance(tower, HFTower | HFAudioTower)
-        weights = _hf_weights(tower, folder, where) if is_hf else read_weights(folder, where)  # type: ignore[arg-type]
-        if isinstance(tower, TimmTower):
-            weights = _timm_weights(tower, weights)
-        found = {name: weights[name] for name in wanted if name in weights}
-        shapes = [name for name in found if found[name].shape != wanted[name].shape]
-        missing = sorted(set(wanted) - set(found))
-        if missing:
-            raise CheckpointError(
-                f"{where}: {len(missing)} weights are not in the checkpoint and would be random, first "
-                f"{missing[0]}; the folder is incomplete or holds another model"
-            )
-        if shapes:
-            raise _other_shapes(where, {n: (found[n].shape, wanted[n].shape) for n in shapes})
-        if isinstance(mean := getattr(tower.module, "layer_weights", None), Tensor):
-            found["layer_weights"] = mean.detach()
-        load_exactly(tower.module, found)
+        if is_composed(read_json(folder / "config.json", where)):
+            _fill_from(tower, tower_weights(folder, where, part), where)
+        elif isinstance(tower, HFTower | HFAudioTower):
+            _fill(tower, _hf_weights(tower, folder, where), where)
+        else:
+            weights = read_weights(folder, where)
+            _fill(tower, _timm_weights(tower, weights) if isinstance(tower, TimmTower) else weights, where)
 
 
-def _hf_weights(tower: HFTower | HFAudioTower, folder: Path, where: str) -> dict[str, Tensor]:
-    """What a folder holds for a tower of transformers, by the tower's names."""
+def _fill_from(tower: MediaEncoder, weights: Mapping[str, Tensor], where: str) -> None:
+    """Fill a tower with what a composed model holds of it, by the names that it has there."""
+    if isinstance(tower, PairTower):
+        for name in ("first", "second"):
+            _fill_from(getattr(tower, name), without_prefix(weights, f"{name}."), where)
+    elif isinstance(tower, HFTower | HFAudioTower):
+        # transformers also writes what is inside of another model by the names of its published checkpoints.
+        found = without_prefix(weights, "backbone.")
+        _fill(tower, _hf_weights(tower, None, where, found), where)
+    else:
+        _fill(tower, without_prefix(weights, "backbone.") if tower.module is not tower else weights, where)
+
+
+def _fill(tower: MediaEncoder, weights: Mapping[str, Tensor], where: str) -> None:
+    """Fill a tower with the weights of its names, all of them."""
+    # A learned mean of layers is the model's, not the checkpoint's.
+    wanted = {name: w for name, w in tower.module.state_dict().items() if name != "layer_weights"}
+    found = {name: weights[name] for name in wanted if name in weights}
+    shapes = [name for name in found if found[name].shape != wanted[name].shape]
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise CheckpointError(
+            f"{where}: {len(missing)} weights are not in the checkpoint and would be random, first "
+            f"{missing[0]}; the folder is incomplete or holds another model"
+        )
+    if shapes:
+        raise _other_shapes(where, {n: (found[n].shape, wanted[n].shape) for n in shapes})
+    if isinstance(mean := getattr(tower.module, "layer_weights", None), Tensor):
+        found["layer_weights"] = mean.detach()
+    load_exactly(tower.module, found)
+
+
+def _hf_weights(
+    tower: HFTower | HFAudioTower,
+    folder: Path | None,
+    where: str,
+    weights_there: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What a folder, or ``weights_there``, holds for a tower of transformers, by the tower's names."""
     # transformers' own reader: it knows the names that older versions and whole CLIP models use.
     family: Any = type(tower.backbone)
     whole, info = family.from_pretrained(
         folder,
         config=copy.deepcopy(tower.config),
+        state_dict=None if weights_there is None else dict(weights_there),
         dtype=torch.float32,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -150,7 +189,7 @@ def _hf_weights(tower: HFTower | HFAudioTower, folder: Path, where: str) -> dict
     held = {name: weights[name] for name in weights if name not in info["missing_keys"]}
     # A larger model keeps its tower under a name of its own, such as vision_model. Not if only some are
     # missing: the text half of a CLIP has weights of the same names.
-    if not wanted & set(held):
+    if folder is not None and not wanted & set(held):
         held |= _inside(read_weights(folder, where), wanted)
     return held
 
@@ -199,15 +238,13 @@ def load_connector(model: Any, name: str, key: str, kind: str = "image") -> None
         CheckpointError: it is no composed model, has no connector, or one with a weight that ours does not
             have, or has in another shape.
     """
-    folder = fetch(name, key)
-    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
+    folder = model_folder(name, key)
     where = f"{key}: {folder}"
     config = read_json(folder / "config.json", where)
-    found_type = config.get("model_type")
-    if found_type != TinyModalConfig.model_type:
+    if not is_composed(config):
         raise CheckpointError(
-            f"{where}: holds a model of type {found_type!r}, not a composed one with a connector"
+            f"{where}: holds a model of type {config.get('model_type')!r}, not a composed one with a "
+            f"connector"
         )
     _refuse_other_connector(config, model.config, where, kind)
     with one_line(where, CheckpointError):

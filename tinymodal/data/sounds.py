@@ -13,6 +13,7 @@ A joined sentence costs 0.1 ms, a whole one about 20 ms unless it was among the 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -468,25 +469,17 @@ def heard_questions(
     return made
 
 
-def spoken_questions(
-    written: Sequence[MadeQuestion],
-    seed: int,
-    voices: VoiceSplit = "test",
-    speaker: How = "mixed",
-) -> list[MadeQuestion]:
-    """The same questions about the same pictures, asked by voices of ``voices``."""
-    speakers = Speakers(voices, speaker)
-    return [
-        replace(
-            made,
-            sample=replace(
-                made.sample,
-                messages=_heard(made.sample, Random(f"{seed}/{made.sample.id}"), speakers, 1.0),
-                id=f"spoken/{made.sample.id}",
-            ),
-        )
-        for made in written
-    ]
+def ask_aloud(sample: Sample, seed: int, voices: VoiceSplit, speaker: How = "mixed") -> Sample:
+    """A sample of :class:`Scenes` whose questions are heard, asked by voices of ``voices``.
+
+    The voice follows from ``seed`` and the sample's id.
+    """
+    rng = Random(f"{seed}/{sample.id}")
+    messages = _heard(sample, rng, _speakers(voices, speaker), 1.0)
+    return replace(sample, messages=messages, id=f"spoken/{sample.id}")
+
+
+_speakers = functools.lru_cache(maxsize=8)(Speakers)
 
 
 MADE: Mapping[str, type[Source]] = {

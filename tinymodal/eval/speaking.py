@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Audio, Message, Sample, Text
 from tinymodal.eval.benchmark import Aloud, Benchmark, Listener, Question, Score
-from tinymodal.eval.transcripts import count_errors, normaliser
+from tinymodal.eval.transcripts import normaliser, rates, understood
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,10 +112,11 @@ def aloud(
     opened = functools.cache(listener)
 
     def score(question: Question, heard: str) -> Score:
-        return _understood(opened(), question, heard)
+        # The answer is what was said, see ``Benchmark.aloud``.
+        return understood(opened().written(question.answer), heard)
 
     def reduce(scores: Sequence[Score]) -> dict[str, float]:
-        return _rates(opened(), scores)
+        return rates([opened().written(score.meta["reference"]) for score in scores], scores)
 
     return replace(
         benchmark,
@@ -128,23 +129,6 @@ def aloud(
         aloud=Aloud(opened, voice),
         source=f"questions of {benchmark.name}; transcripts against the replies' text, counted by jiwer",
     )
-
-
-def _understood(listener: Listener, question: Question, heard: str) -> Score:
-    """1 less the word error rate of one reply, at least 0. ``question.answer`` is what was said."""
-    said = listener.written(question.answer)
-    if not said.split():
-        return Score(float(not heard.split()), parsed=heard)
-    return Score(max(0.0, 1 - count_errors([said], [heard]).wer), parsed=heard)
-
-
-def _rates(listener: Listener, scores: Sequence[Score]) -> dict[str, float]:
-    """``wer`` and ``cer`` of all replies together; nothing where none had a word."""
-    said = [listener.written(score.meta["reference"]) for score in scores]
-    if not any(text.split() for text in said):
-        return {}
-    found = count_errors(said, [score.parsed for score in scores])
-    return {"wer": found.wer, "cer": found.cer}
 
 
 def check_apart(listener: Listener, mark: str, name: str) -> None:

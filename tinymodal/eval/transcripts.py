@@ -46,8 +46,7 @@ def count_errors(references: Sequence[str], transcripts: Sequence[str]) -> Error
         raise DataError(
             f"{len(transcripts)} transcripts for {len(references)} references; expected one for each"
         )
-    if not any(text.split() for text in references):
-        raise DataError("the references hold no word; an error rate needs at least one")
+    require_words(references)
     jiwer = _jiwer()
     # jiwer refuses an empty reference on its own account, but what is put in there counts.
     empty = [hyp for ref, hyp in zip(references, transcripts, strict=True) if not ref.split()]
@@ -71,6 +70,16 @@ def count_errors(references: Sequence[str], transcripts: Sequence[str]) -> Error
     )
 
 
+def require_words(references: Sequence[str]) -> None:
+    """Refuse references without a word.
+
+    Raises:
+        DataError: they are.
+    """
+    if not any(text.split() for text in references):
+        raise DataError("the references hold no word; an error rate needs at least one")
+
+
 @lru_cache(maxsize=1)
 def normaliser() -> Normaliser:
     """Whisper's normaliser of English (arXiv:2212.04356, appendix C), its table of spellings included.
@@ -89,22 +98,37 @@ def normaliser() -> Normaliser:
     return found
 
 
-def transcript(question: Question, reply: str) -> Score:
-    """1 less the reply's word error rate, at least 0; both texts normalised first."""
-    said, expected = normaliser()(reply), normaliser()(question.answer)
+def understood(expected: str, said: str) -> Score:
+    """1 less the word error rate of one transcript, at least 0; both as they are counted."""
     if not expected.split():
         return Score(float(not said.split()), parsed=said)
     return Score(max(0.0, 1 - count_errors([expected], [said]).wer), parsed=said)
 
 
+def rates(references: Sequence[str], scores: Sequence[Score]) -> dict[str, float]:
+    """``wer`` and ``cer`` of all transcripts together; nothing where no reference has a word."""
+    if not any(text.split() for text in references):
+        return {}
+    found = count_errors(references, [score.parsed for score in scores])
+    return {"wer": found.wer, "cer": found.cer}
+
+
+def transcript(question: Question, reply: str) -> Score:
+    """1 less the reply's word error rate, at least 0; both texts normalised first."""
+    return understood(normaliser()(question.answer), normaliser()(reply))
+
+
 def error_rates(scores: Sequence[Score]) -> dict[str, float]:
-    """``wer`` and ``cer`` of all replies together; their references are ``meta["reference"]``."""
+    """``wer`` and ``cer`` of all replies together; their references are ``meta["reference"]``.
+
+    Raises:
+        DataError: no reference has a word.
+    """
     if not scores:
         return {}
-    found = count_errors(
-        [normaliser()(score.meta["reference"]) for score in scores], [score.parsed for score in scores]
-    )
-    return {"wer": found.wer, "cer": found.cer}
+    references = [normaliser()(score.meta["reference"]) for score in scores]
+    require_words(references)
+    return rates(references, scores)
 
 
 def _jiwer() -> Any:
