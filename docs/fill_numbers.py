@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinymodal.eval.report import SOUND, sound_numbers
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 STARTER = ROOT / "tinymodal" / "starter" / "record.json"
@@ -32,7 +34,9 @@ STAGES = {
     "align": "after align alone",
     "instruct": "after align and instruct",
     "instruct_without_align": "instruct without align",
+    "listen": "and after it learned to hear",
 }
+NUM_SOUND_NUMBERS = sum(map(len, SOUND.values()))
 MADE_BY = {
     STARTER: "training the starter (recipes/starter*.toml)",
     DEMO: "copying runs/demo/report.json there",
@@ -100,11 +104,26 @@ def _starter(record: Mapping[str, Any]) -> list[str]:
             f"`{str(run['commit'])[:10]}`",
         )
         rows.append(f"| {' | '.join(cells)} |")
+    parts = record["parts"]
+    codec, ear, judge = parts["codec"], parts["ear"], parts["recogniser"]
     return [
         f"**The starter model**, accuracy in %, seeds: {seeds}.",
         scores(record["scores"]),
+        "Clips joined of words, by voices that it learned from and by others:",
+        sounds(record["scores"]),
+        f"Of what espeak-ng speaks whole, by voices that are new, it hears "
+        f"{percent(record['whole']['wer_unseen_voices'])} % of the words wrongly, and answers "
+        f"{percent(record['whole']['mean_new'])} % of the questions.",
+        f"Its answers were judged by the built-in recogniser ({judge['parameters']:,} parameters, trained on "
+        f"clips and never on a model), which by itself mishears "
+        f"{percent(judge['wer']['speak whole'])} % of the words of the two voices that it never had either.",
         "How it was trained:",
         "\n".join(rows),
+        f"Besides, by scripts: its ear ([starter_audio.py](recipes/starter_audio.py), {ear['steps']:,} "
+        f"steps, {clock(ear['cpu_seconds'])} of one core), its codec "
+        f"([starter_codec.py](recipes/starter_codec.py), {codec['steps']:,} steps; mel distance "
+        f"{codec['held_out']['2']['mel_db']:.1f} dB on voices that it never had). All weights that ship: "
+        f"{sum(record['bytes'].values()) / 1e6:.2f} MB.",
     ]
 
 
@@ -113,6 +132,7 @@ def _demo(report: Mapping[str, Any]) -> list[str]:
     return [
         "**The demo's model**, made by `make demo`, accuracy in %.",
         scores(report),
+        sounds(report),
         f"Mean on new scenes by stage: {'; '.join(stages)}.",
         f"The whole demo took {clock(report['seconds'])} ({report['cpu_seconds']:,.0f} s of CPU), scoring "
         f"included, and at most {report['peak_memory_mb']:,.0f} MB, on {machine(report['machine'])} with "
@@ -130,6 +150,14 @@ def scores(found: Mapping[str, Any]) -> str:
     total = sum(row["n"] for row in found["kinds"].values())
     rows.append(f"| **mean** | {means} | {total:,} |")
     return "\n".join(rows)
+
+
+def sounds(found: Mapping[str, Any]) -> str:
+    """The table of ``{hear, spoken_questions, speak}``."""
+    rows = [f"| {name} | {number} |" for name, number in sound_numbers(found)]
+    if len(rows) < NUM_SOUND_NUMBERS:
+        raise KeyError("hear, spoken_questions or speak")
+    return "\n".join(("| hearing and speaking | |", "|---|--:|", *rows))
 
 
 def percent(share: float | None) -> str:

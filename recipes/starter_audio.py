@@ -49,7 +49,7 @@ ALONE = {"a": "uh", "read": "reed"}
 BATCH = 8
 """Joined clips in a step, and as many whole ones."""
 RATE, DECAY, BETAS, FLOOR = 3e-3, 0.02, (0.9, 0.98), 0.01
-STEPS = {"ear": 1300, "recogniser": 1400}
+STEPS = {"ear": 6000, "recogniser": 6000}
 
 
 # --- clips ----------------------------------------------------------------------------------------

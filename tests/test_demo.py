@@ -157,6 +157,50 @@ def test_the_report_has_every_number_and_the_page_every_part(parts, untrained, t
     assert out.rstrip().endswith(f"tinymodal chat {folder / 'model'} --image {folder / 'sample.png'}")
 
 
+def test_a_model_that_hears_and_speaks_is_scored_on_that_too(parts, tmp_path, monkeypatch, capsys):
+    from tinymodal.compose.build import save
+    from tinymodal.compose.tiny import tiny_codec, tiny_model
+
+    tiny_codec(tmp_path / "codec")
+    speech = {"codec": str(tmp_path / "codec"), "width": 16, "layers": 1}
+    own = tiny_model(audio="tinymodal_ear", speech=speech)
+    save(own, tmp_path / "starter")
+    ears = '[model.audio]\nconfig = { model_type = "tinymodal_ear" }\n'
+    mouth = f'[model.speech]\ncodec = "{tmp_path / "codec"}"\nwidth = 16\n'
+    speak = """[[stages]]
+name = "speak"
+train = { speech = 1e-3 }
+loss = ["speech"]
+steps = 1
+data = [{ made = "spoken_answers" }]
+"""
+    head, stages = (parts / "demo.toml").read_text().split("[[stages]]", 1)
+    (tmp_path / "demo.toml").write_text(f"{head}{ears}{mouth}[[stages]]{stages}{speak}")
+    trained = []
+
+    def run(recipe, folder, on_stage_end):
+        folder.mkdir(parents=True, exist_ok=True)
+        trained.append((recipe.model.speech is not None, [stage.name for stage in recipe.stages]))
+        for stage in recipe.stages:
+            on_stage_end(stage, own)
+
+    monkeypatch.setattr("tinymodal.train.loop.run", run)
+    folder = tmp_path / "run"
+    report = demo(folder, recipe=tmp_path / "demo.toml", starter=str(tmp_path / "starter"), sizes=SIZES)
+    assert trained == [(True, ["align", "instruct", "speak"]), (False, ["instruct"])]
+    assert json.loads((folder / "report.json").read_text()) == report
+    for table in (report, report["starter"]):
+        assert set(table["hear"]) == {"wer_seen_voices", "wer_unseen_voices", "shuffled"}
+        assert set(table["spoken_questions"]) == {"mean_new", "mean_written"}
+        assert set(table["speak"]) == {"wer", "cer", "first_sound_ms", "real_time_factor"}
+    page = (folder / "report.html").read_text()
+    # Questions, clips and answers, each with its sound.
+    assert page.count("<audio") >= 3 * room.NUM_PLAYED
+    assert "Hearing and speaking" in page
+    assert "Hearing and speaking" in capsys.readouterr().out
+    assert (folder / "sample.ogg").read_bytes().startswith(b"OggS")
+
+
 def test_the_same_command_does_nothing_twice(parts, untrained, tmp_path, monkeypatch):
     first = begin(parts, tmp_path)
     monkeypatch.setattr(room, "score_all", None)

@@ -211,7 +211,19 @@ SCORES = {
 }
 MACHINE = {"processor": "Some CPU", "cores": 2}
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
+SOUND = {
+    "hear": {"wer_seen_voices": 0.011, "wer_unseen_voices": 0.023, "shuffled": 0.97},
+    "spoken_questions": {"mean_new": 0.96, "mean_written": 0.98},
+    "speak": {"wer": 0.021, "cer": 0.017, "first_sound_ms": 41.2, "real_time_factor": 0.31},
+}
 STARTER_RECORD = {
+    "parts": {
+        "ear": {"steps": 6000, "cpu_seconds": 860},
+        "codec": {"steps": 1500, "held_out": {"2": {"mel_db": 3.12}}},
+        "recogniser": {"parameters": 220511, "wer": {"speak whole": 0.0109}},
+    },
+    "bytes": {"language": 1_970_000, "model": 5_500_000},
+    "whole": {"wer_unseen_voices": 0.08, "mean_new": 0.95},
     "recipes": {
         "starter": {
             "steps": 2500,
@@ -221,12 +233,13 @@ STARTER_RECORD = {
             "versions": VERSIONS,
         }
     },
-    "scores": SCORES,
+    "scores": SCORES | SOUND,
     "seeds": {"test": 5},
 }
 DEMO_RECORD = {
     **SCORES,
-    "stages": {name: {"mean_new": 0.5} for name in ("align", "instruct", "instruct_without_align")},
+    **SOUND,
+    "stages": {name: {"mean_new": 0.5} for name in ("align", "instruct", "instruct_without_align", "listen")},
     "seconds": 480.0,
     "cpu_seconds": 900.4,
     "peak_memory_mb": 1234.5,
@@ -252,6 +265,9 @@ def test_numbers_are_taken_from_the_records_as_they_are():
     assert "| **mean** | **97.5** | **90.0** | **12.5** | **12.0** | 240 |" in block
     assert "| [starter](recipes/starter.toml) | 2,500 | 75 min | 2 cores of Some CPU |" in block
     assert "took 8.0 min (900 s of CPU)" in block
+    assert block.count("| words heard wrongly, other voices | 2.3 % |") == 2
+    assert block.count("| first sound after the first word | 41 ms |") == 2
+    assert "All weights that ship: 7.47 MB." in block
 
 
 def test_numbers_stand_between_their_marks_and_nothing_else_changes():

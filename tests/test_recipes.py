@@ -17,41 +17,68 @@ USERS = {"own-data"}
 """Recipes whose data the user brings."""
 
 
+MADE = {
+    "runs/starter-vision/parts/vision": "starter/vision",
+    "runs/starter-language/parts/language": "starter/language",
+    "runs/starter-audio/parts/audio": "starter/audio",
+    "runs/starter-codec/codec": "starter/codec",
+    "runs/starter/model": "starter",
+}
+"""What recipes make for other ones, and the shipped part that takes its place here."""
+READS = "runs/starter-language/model"
+"""Of what recipes make that which nothing shipped is like: it reads written scenes."""
+
+
 def stand_in(folder: Path) -> dict[str, str]:
     """Starter parts and a starter model with random weights and the right shapes: name -> folder.
 
     They show that a recipe runs and a command works, where the trained parts are not in the checkout.
     """
     from tinymodal.compose import build
-    from tinymodal.compose.spec import LanguageSpec, ModelSpec, VisionSpec
+    from tinymodal.compose.spec import AudioSpec, LanguageSpec, ModelSpec, SpeechSpec, VisionSpec
+    from tinymodal.compose.tiny import tiny_codec
 
     sees = load(ROOT / "recipes" / "starter-vision.toml", Recipe).model.vision
-    speaks = load(ROOT / "recipes" / "starter-language.toml", Recipe).model.language
-    demo = load(ROOT / "recipes" / "demo.toml", Recipe).model.vision
-    vision = VisionSpec(
-        config=sees.config,
-        connector=demo.connector,
-        options=demo.options,
-        feature_layer=demo.feature_layer,
-    )
+    words = load(ROOT / "recipes" / "starter-language.toml", Recipe).model.language
+    demo = load(ROOT / "recipes" / "demo.toml", Recipe).model
+    vision = demo.vision.model_copy(update={"path": None, "config": sees.config})
     language = LanguageSpec(
-        config=speaks.config, tokenizer=str(STARTER / "tokenizer"), template=speaks.template
+        config=words.config, tokenizer=str(STARTER / "tokenizer"), template=words.template
     )
-    composed = build.build(ModelSpec(vision=vision, language=language))
-    places = {
-        "starter": folder / "model",
-        "starter/vision": folder / "vision",
-        "starter/language": folder / "language",
+    tiny_codec(folder / "codec")
+    whole = ModelSpec(
+        vision=VisionSpec(**vision.model_dump(exclude_none=True)),
+        language=language,
+        audio=AudioSpec(
+            config={"model_type": "tinymodal_ear"},
+            connector=demo.audio.connector,
+            options=demo.audio.options,
+        ),
+        speech=SpeechSpec(codec=str(folder / "codec"), width=demo.speech.width),
+    )
+    composed = build.build(whole)
+    build.save(composed, folder / "model")
+    reads = load(
+        ROOT / "recipes" / "starter-language.toml",
+        Recipe,
+        [f"model.language.tokenizer={STARTER / 'tokenizer'}"],
+    )
+    build.save(build.build(reads.model), folder / "reads")
+    build.save_part(composed.model, "language", folder / "language", composed.tokenizer)
+    model = str(folder / "model")
+    return {
+        **dict.fromkeys(("starter", "starter/vision", "starter/audio", "starter/speech"), model),
+        "starter/codec": str(folder / "codec"),
+        "starter/language": str(folder / "language"),
+        READS: str(folder / "reads"),
     }
-    build.save(composed, places["starter"])
-    build.save_part(composed.model, "vision", places["starter/vision"])
-    build.save_part(composed.model, "language", places["starter/language"], composed.tokenizer)
-    return {name: str(place) for name, place in places.items()}
 
 
 def shipped(name: str) -> bool:
     """Whether the trained part is in this checkout."""
-    return (STARTER / (name.partition("/")[2] or "model") / "config.json").is_file()
+    from tinymodal.compose.pretrained import SHIPPED
+
+    return (STARTER.parent / SHIPPED[name] / "config.json").is_file()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -86,10 +113,14 @@ def test_the_parts_a_recipe_names_are_shipped_or_made_by_another(path):
     from tinymodal.compose.pretrained import SHIPPED
 
     model = load(path, Recipe).model
-    named = [model.path] + [p.path for p in (model.vision, model.language) if p is not None]
+    parts = (model.vision, model.audio, model.language, model.speech)
+    named = [model.path] + [part.path for part in parts if part is not None]
     named.append(model.language.tokenizer if model.language else None)
+    named.append(model.speech.codec if model.speech else None)
     for name in filter(None, named):
-        assert name in SHIPPED, f"{name} is nothing that ships; a recipe here runs without a hub"
+        assert name in SHIPPED or name in (*MADE, READS), (
+            f"{name} does not ship; a recipe here runs without a hub"
+        )
 
 
 def test_every_recipe_has_its_line_in_the_docs():
@@ -107,9 +138,12 @@ def test_a_recipe_trains(path, tmp_path, monkeypatch):
     from tinymodal.train.loop import run
 
     monkeypatch.chdir(ROOT)
-    for name, place in stand_in(tmp_path / "stand-in").items():
-        if not shipped(name):
-            monkeypatch.setitem(pretrained.SHIPPED, name, place)
+    made = stand_in(tmp_path / "stand-in")
+    there = {name: place for name, place in made.items() if name == READS or not shipped(name)}
+    for name, place in there.items():
+        monkeypatch.setitem(pretrained.SHIPPED, name, place)
+    for name, instead in MADE.items():
+        monkeypatch.setitem(pretrained.SHIPPED, name, pretrained.SHIPPED[instead])
     recipe = load(path, Recipe)
     changes = ["threads=1"]
     for i, stage in enumerate(recipe.stages):

@@ -1,10 +1,10 @@
 """The demo: train a small model from the starter parts, score it, and say how to talk to it.
 
-Two stages (align, instruct) on made pictures and sounds, and a third (speak) that gives it a voice; a second
-run without the first stage shows what aligning gives. Then questions about pictures that were made after
-training, with a fresh seed: new scenes, pairs of shape and colour that training never showed, and the first
-ones again with the pictures shuffled. Some are asked aloud by voices that training did not have, and some are
-answered aloud. The model that ships with TinyModal answers the same questions.
+Two stages on made pictures and sounds (align, instruct), and a second run without the first of them, which
+shows what aligning gives; then one that gives it a voice (speak). Then questions about
+pictures that were made after training, with a fresh seed: new scenes, pairs of shape and colour that training
+never showed, and the first ones again with the pictures shuffled. Some are asked aloud by voices it never
+heard, and some are answered aloud. The model that ships with TinyModal answers the same questions.
 
 A recipe whose model is deaf or mute is scored on what it can do.
 
@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from tinymodal.infer.engine import Engine
 
 STAGES = ("align", "instruct")
+"""What the recipe begins with; more may follow."""
 SPEAK = "speak"
-"""A third stage, which the recipe may have."""
+"""The last stage, where the model speaks: it leaves the text as it is."""
 WITHOUT = "without-align"
 STARTER = "starter model"
 NUM_PLAYED = 3
@@ -87,9 +88,12 @@ def demo(
     book = Book(folder, value, seed, {**SIZES, **(sizes or {})})
     tests = Tests(book.seed, book.sizes)
 
+    last = last_of_text(value)
+    pieces = {name: name for name in dict.fromkeys((*STAGES, last, value.stages[-1].name))}
+
     def score_stage(composed: Composed, piece: str) -> None:
         at = folder / "scores" / piece
-        if piece == "instruct":
+        if piece == last:
             book.keep(piece, lambda: score_all(composed, tests, at, "this model", gallery=True))
         elif piece == SPEAK:
             book.keep(piece, lambda: score_speech(composed, tests, at, "this model", gallery=True))
@@ -103,11 +107,11 @@ def demo(
     with book.measured():
         if not book.has("starter"):
             _load(starter)  # missing files are told now, not after the training
-        train(value, folder, book, {stage.name: stage.name for stage in value.stages}, score_stage)
+        train(value, folder, book, pieces, score_stage)
         train(skipping, folder / WITHOUT, book, {"instruct": "instruct_without_align"}, score_stage)
         book.keep("starter", score_starter)
     report = write_report(folder, value, book)
-    tell(folder, report, book)
+    tell(folder, value, report, book)
     return report
 
 
@@ -125,20 +129,25 @@ def find_recipe() -> Path:
 
 
 def without_align(recipe: Recipe) -> Recipe:
-    """The same recipe without its first stage, and mute; what remains sees the same samples in their order.
+    """The second stage alone, of a model that is mute; it sees the same samples in the same order.
 
     Raises:
-        RecipeError: the stages are not align and instruct, and perhaps speak.
+        RecipeError: the stages do not begin with align and instruct, or something comes after speak.
     """
     names = [stage.name for stage in recipe.stages]
-    if tuple(names) not in (STAGES, (*STAGES, SPEAK)):
+    if tuple(names[:2]) != STAGES or SPEAK in names[:-1]:
         raise RecipeError(
-            f"recipe '{recipe.name}': the demo needs the stages {' and '.join(STAGES)}, in this order, and "
-            f"then {SPEAK} if it shall speak; found {', '.join(names)}."
+            f"recipe '{recipe.name}': the demo needs the stages {' and '.join(STAGES)} first, and {SPEAK} "
+            f"last if there is one; found {', '.join(names)}."
         )
     kept = recipe.stages[1].model_copy(update={"seed": recipe.stage_seed(1)})
     mute = recipe.model.model_copy(update={"speech": None})
     return recipe.model_copy(update={"name": f"{recipe.name}-{WITHOUT}", "model": mute, "stages": (kept,)})
+
+
+def last_of_text(recipe: Recipe) -> str:
+    """The stage that decides what the model answers."""
+    return [stage.name for stage in recipe.stages if stage.name != SPEAK][-1]
 
 
 def train(
@@ -290,19 +299,20 @@ def write_report(folder: Path, recipe: Recipe, book: Book) -> dict[str, Any]:
     """``report.json`` and ``report.html`` from what the book holds."""
     from tinymodal.train.machine import record
 
-    trained, starter, made_on = book.read("instruct"), book.read("starter"), record()
+    last = last_of_text(recipe)
+    trained, starter, made_on = book.read(last), book.read("starter"), record()
     spoken = book.read(SPEAK) if book.has(SPEAK) else {}
+    own = {
+        "mean_new": trained["mean"]["new"],
+        "kinds": {kind: row["new"] for kind, row in trained["kinds"].items()},
+    }
     report = {
         "name": recipe.name,
         "kinds": trained["kinds"],
         "mean": trained["mean"],
         "stages": {
-            "align": book.read("align"),
-            "instruct": {
-                "mean_new": trained["mean"]["new"],
-                "kinds": {kind: row["new"] for kind, row in trained["kinds"].items()},
-            },
-            "instruct_without_align": book.read("instruct_without_align"),
+            **{name: book.read(name) for name in (*STAGES, "instruct_without_align") if name != last},
+            last: own,
         },
         **_told({**trained, **spoken}),
         "starter": {"kinds": starter["kinds"], "mean": starter["mean"], **_told(starter)},
@@ -346,7 +356,13 @@ def chat_command(folder: Path) -> str:
     return f"{program()} chat {folder / 'model'} --image {folder / 'sample.png'}"
 
 
-def tell(folder: Path, report: Mapping[str, Any], book: Book) -> None:
+def aloud_command(folder: Path) -> str:
+    """As :func:`chat_command`, for a question asked aloud and an answer that is spoken."""
+    said = f"--audio {folder / 'sample.ogg'} --speak {folder / 'answer.wav'}"
+    return f"{chat_command(folder)} {said}"
+
+
+def tell(folder: Path, recipe: Recipe, report: Mapping[str, Any], book: Book) -> None:
     """The report for the terminal."""
     from rich.console import Console
     from rich.markup import escape
@@ -363,19 +379,21 @@ def tell(folder: Path, report: Mapping[str, Any], book: Book) -> None:
     stages = Table(
         title="New scenes, mean of the kinds", title_justify="left", title_style="bold", show_header=False
     )
-    for key, (name, note) in pages.STAGES.items():
-        stages.add_row(name, f"{100 * report['stages'][key]['mean_new']:.1f} %", f"[dim]{note}[/]")
+    for name, note, mean in pages.stage_rows(report):
+        stages.add_row(name, f"{100 * mean:.1f} %", f"[dim]{note}[/]")
     console.print(stages)
     few = Table(title="Some questions, the first of each kind", title_justify="left", title_style="bold")
     for column in ("question", "answer", "truth", ""):
         few.add_column(column)
-    for card in book.read("instruct")["gallery"]:
+    for card in book.read(last_of_text(recipe))["gallery"]:
         mark = "[green]right[/]" if card["right"] else "[red]wrong[/]"
         few.add_row(*(escape(card[key]) for key in ("question", "reply", "answer")), mark)
     console.print(few)
     minutes = report["seconds"] / 60
     print(f"\n{minutes:.1f} minutes, {report['peak_memory_mb']:,.0f} MB at most.")
     print(f"With pictures and curves: {folder / 'report.html'}")
+    if SPEAK in {stage.name for stage in recipe.stages}:
+        print(f"Ask it aloud, about the same picture:\n\n  {aloud_command(folder)}\n")
     print(f"Talk to it:\n\n  {chat_command(folder)}\n")
 
 

@@ -19,7 +19,8 @@ class FakePrepared:
     tokens: int
     patches: int
     tile_tokens: tuple[int, ...]
-    order: list[int] | None = None
+    order: tuple[int, ...] | None = None
+    seconds: float | None = None
     seen: bool = False
     key: str = ""
 

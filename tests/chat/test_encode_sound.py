@@ -305,9 +305,9 @@ def test_only_the_better_of_two_answers_is_spoken(encoder):
 
 def test_speech_in_the_wrong_place_is_refused(encoder):
     speaks = encoder.using(speech=SPEAKING)
-    with pytest.raises(DataError, match=r"message 1 \(user\) has a Speech.* is an Audio"):
+    with pytest.raises(DataError, match=r"turn 1 \(user\) has a speech.* is an audio"):
         encoder(ask(spoken(), Text("what?")))
-    with pytest.raises(DataError, match="message 2 has 2 Speech"):
+    with pytest.raises(DataError, match="turn 2 has 2 speech parts"):
         encoder(ask(Text("what?"), answer=(Text("a"), spoken(), spoken())))
     with pytest.raises(DataError, match="the answer has no words"):
         encoder(ask(Text("what?"), answer=(spoken(),)))

@@ -168,7 +168,7 @@ def test_a_long_sound_is_windows_that_are_joined_in_order(processor, model):
     found = cutter.prepare_sound(sound(2.3, seed=4), RATE_HZ)
     assert [tuple(tile.shape) for tile in found.tiles] == [(16, 100), (16, 100), (16, 50)]
     assert found.tokens == sum(found.tile_tokens)
-    assert found.order == list(range(found.tokens))
+    assert found.order == tuple(range(found.tokens))
     inputs = call(cutter, "<audio> said?", audio=sound(2.3, seed=4))
     assert [tuple(values.shape) for values in inputs["audio_values"]] == [(2, 16, 100), (1, 16, 50)]
     ids = inputs["input_ids"]

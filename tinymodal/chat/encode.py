@@ -43,10 +43,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from tinymodal.model.audio_processing import PreparedSound
-    from tinymodal.model.processing_tinymodal import PreparedImage, TinyModalProcessor
-
-    Prepared = PreparedImage | PreparedSound
+    from tinymodal.model.layout import Prepared
+    from tinymodal.model.processing_tinymodal import TinyModalProcessor
 
 TrainOn = Literal["answers", "all"]
 
@@ -85,8 +83,8 @@ class Encoder:
         *,
         train_on: TrainOn = "answers",
         max_prompt_tokens: int | None = None,
-        prepare: Callable[..., PreparedImage] | None = None,
-        prepare_sound: Callable[..., PreparedSound] | None = None,
+        prepare: Callable[..., Prepared] | None = None,
+        prepare_sound: Callable[..., Prepared] | None = None,
         speech: Speaking | None = None,
     ) -> None:
         """Join them.
@@ -144,8 +142,8 @@ class Encoder:
         self,
         template: AnyTemplate | str | None = None,
         train_on: TrainOn | None = None,
-        prepare: Callable[..., PreparedImage] | None = None,
-        prepare_sound: Callable[..., PreparedSound] | None = None,
+        prepare: Callable[..., Prepared] | None = None,
+        prepare_sound: Callable[..., Prepared] | None = None,
         speech: Speaking | None = None,
     ) -> Encoder:
         """The same processor, and something else of what :meth:`__init__` takes; None: as it is."""
@@ -473,7 +471,7 @@ def tokens_within(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> 
     return first, last
 
 
-def tensor(numbers: list[int]) -> Tensor:
+def tensor(numbers: Sequence[int]) -> Tensor:
     """int64 [T]."""
     # By way of numpy: a third of torch.tensor's time, which shows at 1,000 samples a second.
     return torch.from_numpy(np.array(numbers, dtype=np.int64))
@@ -484,10 +482,9 @@ def costs(found: Prepared) -> str:
 
     A picture of several tiles is ``5 of 24x24 -> 2,340``, a sound ``2.0 s, 100 positions -> 25``.
     """
-    seconds = getattr(found, "seconds", None)
-    if seconds is None:
+    if found.seconds is None:
         return f"{seen_by_tower(found.feature_grids)} -> {found.tokens:,}"
-    return f"{seconds:.1f} s, {found.patches:,} positions -> {found.tokens:,}"
+    return f"{found.seconds:.1f} s, {found.patches:,} positions -> {found.tokens:,}"
 
 
 def seen_by_tower(feature_grids: Sequence[tuple[int, ...]]) -> str:

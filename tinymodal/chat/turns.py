@@ -75,7 +75,7 @@ def check_turns(sample: Sample, reply: bool, template: AnyTemplate) -> None:
         role = message.role
         if role not in ROLES:
             raise DataError(f"{sample.id}: message {n} has the role {role!r}; known: {', '.join(ROLES)}.")
-        check_speech(sample, n, message)
+        check_speech(sample.id, n, message)
         if role == "system":
             if n > 1:
                 raise DataError(
@@ -110,8 +110,13 @@ def check_turns(sample: Sample, reply: bool, template: AnyTemplate) -> None:
         )
 
 
-def check_speech(sample: Sample, n: int, message: Message) -> None:
+def check_speech(where: str, n: int, message: Message) -> None:
     """Refuse ``Speech`` where nothing speaks.
+
+    Args:
+        where: what the message is of, for the error.
+        n: which message, from 1.
+        message: the message.
 
     Raises:
         DataError: the turn is not the assistant's, or speaks twice.
@@ -119,13 +124,13 @@ def check_speech(sample: Sample, n: int, message: Message) -> None:
     spoken = sum(isinstance(part, Speech) for part in message.parts)
     if spoken and message.role != "assistant":
         raise DataError(
-            f"{sample.id}: message {n} ({message.role}) has a Speech(...) part, which is how an answer "
-            f"sounds; what the model shall hear is an Audio(...) part."
+            f"{where}: turn {n} ({message.role}) has a speech part, which is how an answer sounds; what the "
+            f"model shall hear is an audio part. Rename it"
         )
     if spoken > 1:
         raise DataError(
-            f"{sample.id}: message {n} has {spoken} Speech(...) parts; expected one, the sound of the whole "
-            f"turn. Join them into one file."
+            f"{where}: turn {n} has {spoken} speech parts; expected one, the sound of the whole turn. Join "
+            f"them into one file"
         )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tinymodal.chat.turns import check_speech
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Audio, Image, Message, Sample, Speech, Text
+from tinymodal.core.types import Audio, Image, Message, Sample, Text
 
 PLACE = "<image>"
 """How LLaVA rows write the place of a picture inside the words."""
@@ -20,17 +21,7 @@ Row = Mapping[str, Any]
 def as_sample(turns: Sequence[Message], row: Row, row_id: str) -> Sample:
     """The conversation, once it is one that a model can learn from."""
     for number, message in enumerate(turns, 1):
-        spoken = sum(isinstance(part, Speech) for part in message.parts)
-        if spoken and message.role != "assistant":
-            raise DataError(
-                f"{row_id}: turn {number} ({message.role}) has a speech part, which is how an answer sounds; "
-                f"what is heard is an audio part. Rename it"
-            )
-        if spoken > 1:
-            raise DataError(
-                f"{row_id}: turn {number} has {spoken} speech parts; expected one, the sound of the whole "
-                f"turn. Join their files"
-            )
+        check_speech(row_id, number, message)
         empty = not any(
             isinstance(part, Image | Audio) or (isinstance(part, Text) and part.text.strip())
             for part in message.parts

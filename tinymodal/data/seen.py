@@ -46,9 +46,10 @@ from tinymodal.data.bundle import Bad, Bundle, bundle, unbundle
 from tinymodal.data.cache import Entry, FeatureCache
 from tinymodal.data.pack import Row
 from tinymodal.data.sources import Rows, Source
-from tinymodal.model.audio_processing import PreparedSound, Sound, TinyModalAudioProcessor
+from tinymodal.model.audio_processing import Sound, TinyModalAudioProcessor
 from tinymodal.model.image import load_image
-from tinymodal.model.processing_tinymodal import PreparedImage, TinyModalImageProcessor
+from tinymodal.model.layout import Prepared
+from tinymodal.model.processing_tinymodal import PictureLayout, TinyModalImageProcessor
 from tinymodal.model.tiles import ARITHMETIC
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Remember:
         number: int = 0,
         max_tiles: int | None = None,
         fit_pixels: tuple[int, int] | None = None,
-    ) -> PreparedImage:
+    ) -> Prepared:
         """One picture: its features if they are kept, else its pixels and the key to keep them under.
 
         Raises:
@@ -189,9 +190,10 @@ class Remember:
         if entry is not None:
             layout = self.images.layout(entry.size, number, **limits)
             if [tuple(tile.shape[:-1]) for tile in entry.tiles] == list(layout.feature_grids):
-                return PreparedImage.of(entry.tiles, layout, seen=True, key=found.key)
+                return Prepared(tuple(entry.tiles), layout, seen=True, key=found.key)
         prepared = self.images.prepare(found.read, number, **limits, name=found.name)
-        height, width = prepared.size_px
+        assert isinstance(prepared.layout, PictureLayout)
+        height, width = prepared.layout.plan.source_px
         return replace(prepared, key=f"{found.key}.{height}x{width}")
 
     def find(
@@ -212,15 +214,10 @@ class Remember:
             read = load_image(source, how.max_pixels)
             content, name = hashlib.sha256(f"pixels {read.width} x {read.height}\n".encode()), ""
             content.update(read.tobytes())
-        elif isinstance(source, bytes):
-            read, content, name = source, hashlib.sha256(source), ""
+        elif (file := file_of(source)) is not None:
+            read, content, name = file
         else:
-            try:
-                # Read once: what is hashed is what is decoded.
-                read = Path(source).read_bytes()
-            except (OSError, TypeError, ValueError):
-                return None
-            content, name = hashlib.sha256(read), str(source)
+            return None
         return Found(self._key(content.digest(), how), read, name)
 
     def _key(self, content: bytes, how: Preparation) -> str:
@@ -246,7 +243,7 @@ class RememberSound:
         end_s: float | None = None,
         change: Any = None,
         name: str = "",
-    ) -> PreparedSound:
+    ) -> Prepared:
         """One sound: its features if they are kept, else its windows and the key to keep them under.
 
         Raises:
@@ -261,9 +258,10 @@ class RememberSound:
             num_samples = entry.size[0]
             layout = self.sounds.layout(num_samples)
             if [tuple(tile.shape[:-1]) for tile in entry.tiles] == list(layout.feature_grids):
-                return PreparedSound.of(entry.tiles, layout, num_samples / hz, seen=True, key=found.key)
+                return Prepared(tuple(entry.tiles), layout, num_samples / hz, seen=True, key=found.key)
         called = name or found.name
         prepared = self.sounds.prepare(found.read, rate_hz, start_s, end_s, name=called)
+        assert prepared.seconds is not None
         return replace(prepared, key=f"{found.key}.{round(prepared.seconds * hz)}x1")
 
     def find(
@@ -280,17 +278,25 @@ class RememberSound:
             read, name = source, ""
             content = hashlib.sha256(f"samples {samples.dtype} {samples.shape}\n".encode())
             content.update(np.ascontiguousarray(samples).tobytes())
-        elif isinstance(source, bytes):
-            read, content, name = source, hashlib.sha256(source), ""
+        elif (file := file_of(source)) is not None:
+            read, content, name = file
         else:
-            try:
-                read = Path(source).read_bytes()
-            except (OSError, TypeError, ValueError):
-                return None
-            content, name = hashlib.sha256(read), str(source)
+            return None
         said = json.dumps([self.sounds.hearing.to_dict(), rate_hz, start_s, end_s], sort_keys=True)
         key = hashlib.sha256(f"{self.tower}\n{said}\n".encode() + content.digest()).hexdigest()
         return Found(key, read, name)
+
+
+def file_of(source: str | Path | bytes) -> tuple[bytes, Any, str] | None:
+    """The bytes of a file, their SHA-256, and its name; None where there is no such file to read."""
+    if isinstance(source, bytes):
+        return source, hashlib.sha256(source), ""
+    try:
+        # Read once: what is hashed is what is decoded.
+        read = Path(source).read_bytes()
+    except (OSError, TypeError, ValueError):
+        return None
+    return read, hashlib.sha256(read), str(source)
 
 
 class Found(NamedTuple):

@@ -47,8 +47,10 @@ SOUND = {
 STAGES = {
     "align": ("after align alone", "only the connector has trained"),
     "instruct_without_align": ("instruct without align", "the connector starts from random weights"),
-    "instruct": ("align, then instruct", "this model"),
+    "instruct": ("align, then instruct", "it sees"),
+    "listen": ("and after it learned to hear", "it sees and hears"),
 }
+"""Stages in the order of the page; the last that a report has is the model that it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,15 +289,21 @@ def _sounds(report: Mapping[str, Any]) -> str:
     )
 
 
-def _stages(report: Mapping[str, Any]) -> str:
-    rows, constant = [], report["mean"].get("constant")
-    found = [(key, *STAGES.get(key, (key.replace("_", " "), ""))) for key in report["stages"]]
+def stage_rows(report: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Name, remark and mean on new scenes of each stage, this model's last."""
     order = list(STAGES)
-    found.sort(key=lambda row: order.index(row[0]) if row[0] in order else len(order))
-    for key, name, note in found:
-        rows.append(
-            (name, note, report["stages"][key]["mean_new"], "new" if key == "instruct" else "constant")
-        )
+    found = sorted(report["stages"], key=lambda key: order.index(key) if key in order else len(order))
+    rows = []
+    for key in found:
+        name, note = STAGES.get(key, (key.replace("_", " "), ""))
+        rows.append((name, "this model" if key == found[-1] else note, report["stages"][key]["mean_new"]))
+    return rows
+
+
+def _stages(report: Mapping[str, Any]) -> str:
+    constant = report["mean"].get("constant")
+    *others, own = stage_rows(report)
+    rows = [(*row, "constant") for row in others] + [(*own, "new")]
     starter = report.get("starter")
     if starter:
         rows.append(("starter model", "trained longer, shipped", starter["mean"]["new"], "constant"))

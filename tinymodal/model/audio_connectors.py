@@ -22,13 +22,9 @@ from .media import Features
 from .resamplers import QFormer
 
 
-class StackFrames(Connector):
-    """Lay ``factor`` positions side by side, then project (SLAM-ASR, arXiv:2402.08846; Ultravox).
+class _Folding(Connector):
+    """Each ``factor`` positions become one token, and the last one stands for what is left."""
 
-    The last position is repeated where some are missing at the end.
-    """
-
-    name = "stack_frames"
     defaults: ClassVar[dict[str, Option]] = {"factor": 4, "depth": 2, "activation": "gelu"}
     choices: ClassVar[dict[str, Sequence[str]]] = {"activation": tuple(ACTIVATIONS)}
 
@@ -37,15 +33,37 @@ class StackFrames(Connector):
     ) -> None:
         super().__init__()
         self.factor = factor
-        # Hidden states before a tower's last norm differ in size by orders; the projection should not care.
-        self.norm = nn.LayerNorm(in_width * factor)
-        self.proj = stack(in_width * factor, out_width, depth, activation)
+        self.prepare(in_width, ACTIVATIONS[activation])
+        self.proj = stack(self.folded(in_width), out_width, depth, activation)
+
+    def prepare(self, in_width: int, activation: type[nn.Module]) -> None:
+        """Make what stands before the projection."""
+
+    def folded(self, in_width: int) -> int:
+        """Width of what is projected."""
+        return in_width
 
     @classmethod
     def shrink(  # type: ignore[override]
         cls, grid: tuple[int, ...], factor: int = 4, **others: Option
     ) -> tuple[int, ...]:
         return (groups_of(frames_in_line(grid, cls.name), factor),)
+
+
+class StackFrames(_Folding):
+    """Lay ``factor`` positions side by side, then project (SLAM-ASR, arXiv:2402.08846; Ultravox).
+
+    The last position is repeated where some are missing at the end.
+    """
+
+    name = "stack_frames"
+
+    def prepare(self, in_width: int, activation: type[nn.Module]) -> None:
+        # Hidden states before a tower's last norm differ in size by orders; the projection should not care.
+        self.norm = nn.LayerNorm(self.folded(in_width))
+
+    def folded(self, in_width: int) -> int:
+        return in_width * self.factor
 
     def forward(self, features: Features) -> Tensor:
         (groups,) = self.shrink(features.grid, self.factor)
@@ -55,25 +73,10 @@ class StackFrames(Connector):
         return self.proj(self.norm(x_NSE.reshape(len(x_NSE), groups, -1)))
 
 
-class PoolFrames(Connector):
+class PoolFrames(_Folding):
     """The mean of each ``factor`` positions, then project. The last mean is of what is left."""
 
     name = "pool_frames"
-    defaults: ClassVar[dict[str, Option]] = {"factor": 4, "depth": 2, "activation": "gelu"}
-    choices: ClassVar[dict[str, Sequence[str]]] = {"activation": tuple(ACTIVATIONS)}
-
-    def __init__(
-        self, in_width: int, out_width: int, factor: int = 4, depth: int = 2, activation: str = "gelu"
-    ) -> None:
-        super().__init__()
-        self.factor = factor
-        self.proj = stack(in_width, out_width, depth, activation)
-
-    @classmethod
-    def shrink(  # type: ignore[override]
-        cls, grid: tuple[int, ...], factor: int = 4, **others: Option
-    ) -> tuple[int, ...]:
-        return (groups_of(frames_in_line(grid, cls.name), factor),)
 
     def forward(self, features: Features) -> Tensor:
         self.shrink(features.grid, self.factor)
@@ -82,33 +85,21 @@ class PoolFrames(Connector):
         return self.proj(x_NEG.transpose(1, 2))
 
 
-class ConvFrames(Connector):
+class ConvFrames(_Folding):
     """Strided convolutions, then project: one for each prime factor of ``factor``, the greatest last.
 
     A convolution of stride p spans 2 p - 1 positions, as the one of stride 2 and width 3 in Whisper's stem.
     """
 
     name = "conv_frames"
-    defaults: ClassVar[dict[str, Option]] = {"factor": 4, "depth": 2, "activation": "gelu"}
-    choices: ClassVar[dict[str, Sequence[str]]] = {"activation": tuple(ACTIVATIONS)}
 
-    def __init__(
-        self, in_width: int, out_width: int, factor: int = 4, depth: int = 2, activation: str = "gelu"
-    ) -> None:
-        super().__init__()
-        self.factor = factor
+    def prepare(self, in_width: int, activation: type[nn.Module]) -> None:
         self.norm = nn.LayerNorm(in_width)
         self.convs = nn.ModuleList(
-            nn.Conv1d(in_width, in_width, 2 * step - 1, step, padding=step - 1) for step in primes(factor)
+            nn.Conv1d(in_width, in_width, 2 * step - 1, step, padding=step - 1)
+            for step in primes(self.factor)
         )
-        self.activation = ACTIVATIONS[activation]()
-        self.proj = stack(in_width, out_width, depth, activation)
-
-    @classmethod
-    def shrink(  # type: ignore[override]
-        cls, grid: tuple[int, ...], factor: int = 4, **others: Option
-    ) -> tuple[int, ...]:
-        return (groups_of(frames_in_line(grid, cls.name), factor),)
+        self.activation = activation()
 
     def forward(self, features: Features) -> Tensor:
         self.shrink(features.grid, self.factor)

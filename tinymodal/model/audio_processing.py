@@ -7,8 +7,7 @@ the functions that the model itself calls, so the two cannot disagree. A sound's
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,82 +19,12 @@ from .audio import Hearing, load_sound
 from .audio_towers import audio_encoder_of, audio_tower_config
 from .connectors import find_connector
 from .geometry import num_tokens
-from .layout import as_inputs, as_list
+from .layout import Layout, Prepared, as_inputs, as_list
 
 Sound = str | Path | bytes | Tensor | np.ndarray
 
 NUM_LAYOUTS = 4_096
 """Layouts that are kept: sounds are filled up to steps, so a data set has few lengths of windows."""
-
-
-@dataclass(frozen=True, slots=True)
-class SoundLayout:
-    """What a sound of a given length costs. Needs no samples and no weights."""
-
-    windows: tuple[int, ...]
-    """Columns of each prepared window: frames, or the samples of a wave."""
-    feature_grids: tuple[tuple[int, ...], ...]
-    """Positions of each window, before the connector."""
-    tile_tokens: tuple[int, ...]
-    """Embeddings of each window."""
-
-    @property
-    def tokens(self) -> int:
-        """Placeholders it needs among the words."""
-        return sum(self.tile_tokens)
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """One number: tokens follow one another in time."""
-        return (self.tokens,)
-
-    @property
-    def patches(self) -> int:
-        """Positions the tower computes."""
-        return sum(num_tokens(grid) for grid in self.feature_grids)
-
-    @property
-    def order(self) -> list[int] | None:
-        """Which embedding stands at each place; None: one window, in its own order."""
-        return None if len(self.windows) == 1 else list(range(self.tokens))
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedSound:
-    """One sound, ready for the tower, and what it costs; see :class:`SoundLayout`."""
-
-    tiles: tuple[Tensor, ...]
-    """Windows, float32 [bands, frames] or [1, samples] each; ``seen``: the tower's features, [S, E] each"""
-    grid: tuple[int, ...]
-    tokens: int
-    patches: int
-    feature_grids: tuple[tuple[int, ...], ...]
-    tile_tokens: tuple[int, ...]
-    order: list[int] | None
-    seconds: float
-    """Of the stretch that was read, before silence was put behind it."""
-    seen: bool = False
-    """The tower has run already."""
-    key: str = ""
-    """Under which the tower's features are kept; empty: nowhere."""
-
-    @classmethod
-    def of(
-        cls, tiles: Sequence[Tensor], layout: SoundLayout, seconds: float, seen: bool = False, key: str = ""
-    ) -> PreparedSound:
-        """``tiles`` of a sound that is laid out so."""
-        return cls(
-            tuple(tiles),
-            layout.grid,
-            layout.tokens,
-            layout.patches,
-            layout.feature_grids,
-            layout.tile_tokens,
-            layout.order,
-            seconds,
-            seen,
-            key,
-        )
 
 
 class TinyModalAudioProcessor(FeatureExtractionMixin):
@@ -137,7 +66,7 @@ class TinyModalAudioProcessor(FeatureExtractionMixin):
         _require_bands(self.hearing, self.audio_config)
         self.connector = connector
         self.options = find_connector(connector).settle(options or {})
-        self._layouts: dict[tuple[int, ...], SoundLayout] = {}
+        self._layouts: dict[tuple[int, ...], Layout] = {}
         self.typical()
 
     @property
@@ -150,7 +79,7 @@ class TinyModalAudioProcessor(FeatureExtractionMixin):
         """Embeddings a second of a full window."""
         return self.typical().tokens * self.hearing.rate_hz / self.hearing.window
 
-    def typical(self) -> SoundLayout:
+    def typical(self) -> Layout:
         """The layout of a sound of one full window.
 
         Raises:
@@ -158,12 +87,12 @@ class TinyModalAudioProcessor(FeatureExtractionMixin):
         """
         return self.layout(self.hearing.window)
 
-    def layout(self, num_samples: int) -> SoundLayout:
+    def layout(self, num_samples: int) -> Layout:
         """How a sound of so many samples (at ``sampling_rate``) is cut and what it costs. Pure integers."""
         how = self.hearing
         return self.layout_of(tuple(how.frames(size) for size in how.windows(num_samples)))
 
-    def layout_of(self, windows: tuple[int, ...]) -> SoundLayout:
+    def layout_of(self, windows: tuple[int, ...]) -> Layout:
         """The layout of prepared windows of so many columns each."""
         if windows not in self._layouts:
             if len(self._layouts) >= NUM_LAYOUTS:
@@ -171,7 +100,10 @@ class TinyModalAudioProcessor(FeatureExtractionMixin):
             tower, connector = audio_encoder_of(self.audio_config), find_connector(self.connector)
             before = tuple(tower.grid(self.audio_config, (size,)) for size in windows)
             tokens = tuple(num_tokens(connector.shrink(grid, **self.options)) for grid in before)
-            self._layouts[windows] = SoundLayout(windows, before, tokens)
+            total = sum(tokens)
+            # Windows follow one another in time.
+            order = None if len(windows) == 1 else tuple(range(total))
+            self._layouts[windows] = Layout(before, tokens, (total,), order)
         return self._layouts[windows]
 
     def load(
@@ -197,7 +129,7 @@ class TinyModalAudioProcessor(FeatureExtractionMixin):
         end_s: float | None = None,
         change: Any = None,
         name: str = "",
-    ) -> PreparedSound:
+    ) -> Prepared:
         """Read one sound.
 
         Args:
@@ -215,7 +147,7 @@ class TinyModalAudioProcessor(FeatureExtractionMixin):
         tiles = self.hearing.prepare(wave, change)
         # A change may make it longer or shorter, so the windows that there are decide.
         found = self.layout_of(tuple(tile.shape[-1] for tile in tiles))
-        return PreparedSound.of(tiles, found, len(wave) / self.hearing.rate_hz)
+        return Prepared(tuple(tiles), found, len(wave) / self.hearing.rate_hz)
 
     def __call__(self, audio: Any, sampling_rate: int | None = None, **kwargs: Any) -> BatchFeature:
         """Sounds -> ``audio_values``, and ``audio_take`` where needed; see :func:`as_inputs`.

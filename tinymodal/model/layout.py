@@ -1,4 +1,4 @@
-"""Where the embeddings of a batch's tiles lie, and which of them each placeholder takes.
+"""What a picture or sound costs, where a batch's embeddings lie, and which of them each placeholder takes.
 
 Tiles of one size go through the tower together, so their embeddings lie end to end size by size, in the
 order in which sizes first come; behind them lie the learned marks. A sound's tiles are its windows, and their
@@ -8,10 +8,81 @@ size is their length. Training and generation both find their way with :func:`la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .geometry import num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a picture of a given size, or a sound of a given length, costs, and where its tokens go.
+
+    Needs no pixels, no samples and no weights.
+    """
+
+    feature_grids: tuple[tuple[int, ...], ...]
+    """Positions of the tower for each tile, before the connector: rows and columns of patches, or of a window
+    of sound their number."""
+    tile_tokens: tuple[int, ...]
+    """Embeddings of each tile."""
+    grid: tuple[int, ...]
+    """Rows and columns of tokens, or their number where they are no rectangle; ``prod(grid) == tokens``."""
+    order: tuple[int, ...] | None
+    """Which embedding stands at each place (``geometry.arrange``); None: one tile, in its own order."""
+
+    @property
+    def tokens(self) -> int:
+        """Placeholders it needs among the words."""
+        return num_tokens(self.grid)
+
+    @property
+    def patches(self) -> int:
+        """Positions the tower computes."""
+        return sum(num_tokens(grid) for grid in self.feature_grids)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One picture or sound, ready for the tower, and what it costs."""
+
+    tiles: tuple[Tensor, ...]
+    """float32 [3, H, W] each; windows of a sound [bands, frames] or [1, samples]; ``seen``: the tower's
+    features, [*grid, E] each"""
+    layout: Layout
+    seconds: float | None = None
+    """Of the stretch of a sound that was read, before silence was put behind it; None: a picture."""
+    seen: bool = False
+    """The tower has run already."""
+    key: str = ""
+    """Under which the tower's features are kept; empty: nowhere."""
+
+    @property
+    def feature_grids(self) -> tuple[tuple[int, ...], ...]:
+        return self.layout.feature_grids
+
+    @property
+    def tile_tokens(self) -> tuple[int, ...]:
+        return self.layout.tile_tokens
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.layout.grid
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        return self.layout.order
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.tokens
+
+    @property
+    def patches(self) -> int:
+        return self.layout.patches
 
 
 class Tiled(NamedTuple):

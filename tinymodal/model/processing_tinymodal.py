@@ -16,7 +16,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from torch import Tensor
 from transformers import (
     AutoTokenizer,
     BatchFeature,
@@ -28,13 +27,13 @@ from transformers import (
 from transformers.processing_utils import MultiModalData
 
 from .audio import Hearing
-from .audio_processing import PreparedSound, TinyModalAudioProcessor
+from .audio_processing import TinyModalAudioProcessor
 from .configuration_tinymodal import AUTO_MAP, TinyModalConfig
 from .connectors import find_connector
 from .encoders import encoder_of, tower_config
 from .geometry import Plan, arrange, num_tokens, plan
 from .image import Preparation, cut, load_pixels
-from .layout import as_inputs, as_list
+from .layout import Layout, Prepared, as_inputs, as_list
 
 Source = str | Path | bytes | PIL.Image.Image
 
@@ -50,65 +49,10 @@ DEAF = (
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """What a picture of a given size costs, and where its tokens go. Needs no pixels and no weights."""
+class PictureLayout(Layout):
+    """A layout, and how the picture is cut."""
 
     plan: Plan
-    feature_grids: tuple[tuple[int, ...], ...]
-    """Rows and columns of patches of each tile, before the connector."""
-    tile_tokens: tuple[int, ...]
-    """Embeddings of each tile."""
-    grid: tuple[int, ...]
-    """Rows and columns of tokens, or their number where they are no rectangle; ``prod(grid) == tokens``."""
-    order: tuple[int, ...] | None
-    """Which embedding stands at each place (``geometry.arrange``); None: one tile, in its own order."""
-
-    @property
-    def tokens(self) -> int:
-        """Placeholders it needs among the words."""
-        return num_tokens(self.grid)
-
-    @property
-    def patches(self) -> int:
-        """Positions the tower computes."""
-        return sum(num_tokens(grid) for grid in self.feature_grids)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedImage:
-    """One picture, ready for the tower, and what it costs; see :class:`Layout`."""
-
-    tiles: tuple[Tensor, ...]
-    """float32 [3, H, W] each; ``seen``: the tower's features, [*grid, E] each"""
-    grid: tuple[int, ...]
-    tokens: int
-    patches: int
-    feature_grids: tuple[tuple[int, ...], ...]
-    tile_tokens: tuple[int, ...]
-    order: list[int] | None
-    size_px: tuple[int, int]
-    """Height and width of the picture that was read, upright."""
-    seen: bool = False
-    """The tower has run already."""
-    key: str = ""
-    """Under which the tower's features are kept; empty: nowhere."""
-
-    @classmethod
-    def of(cls, tiles: Sequence[Tensor], layout: Layout, seen: bool = False, key: str = "") -> PreparedImage:
-        """``tiles`` of a picture that is laid out so."""
-        order = None if layout.order is None else list(layout.order)
-        return cls(
-            tuple(tiles),
-            layout.grid,
-            layout.tokens,
-            layout.patches,
-            layout.feature_grids,
-            layout.tile_tokens,
-            order,
-            layout.plan.source_px,
-            seen,
-            key,
-        )
 
 
 class TinyModalImageProcessor(ImageProcessingMixin):
@@ -140,7 +84,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         self.options = find_connector(connector).settle(options or {})
         self.marks, self.merge, self.keep_class = list(marks), merge, keep_class
         self.preparation: Preparation | None = None
-        self._layouts: dict[Any, Layout] = {}
+        self._layouts: dict[Any, PictureLayout] = {}
         if self.vision_config is not None:
             if isinstance(preparation, dict):
                 preparation = Preparation.from_dict(preparation)
@@ -149,7 +93,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
             )
             self.typical()
 
-    def typical(self) -> Layout:
+    def typical(self) -> PictureLayout:
         """The layout of a picture that has the tower's own size.
 
         Raises:
@@ -165,7 +109,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         number: int = 0,
         max_tiles: int | None = None,
         fit_pixels: tuple[int, int] | None = None,
-    ) -> Layout:
+    ) -> PictureLayout:
         """How a picture of ``size_px`` (height, width) is cut and what it costs. Pure integers.
 
         Args:
@@ -182,7 +126,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
             self._layouts[key] = self._lay_out(how, size_px, key[2])
         return self._layouts[key]
 
-    def _lay_out(self, how: Preparation, size_px: tuple[int, int], number: int) -> Layout:
+    def _lay_out(self, how: Preparation, size_px: tuple[int, int], number: int) -> PictureLayout:
         tower, connector = encoder_of(self.vision_config), find_connector(self.connector)  # type: ignore[arg-type]
         cut_up = plan(size_px, how)
         before = tuple(
@@ -191,9 +135,9 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         after = [connector.shrink(grid, **self.options) for grid in before]
         counts = tuple(num_tokens(grid) for grid in after)
         if len(after) == 1 and not self.marks:
-            return Layout(cut_up, before, counts, after[0], None)
+            return PictureLayout(before, counts, after[0], None, cut_up)
         order = tuple(arrange(cut_up, after, self.marks, self.merge, number))
-        return Layout(cut_up, before, counts, (len(order),), order)
+        return PictureLayout(before, counts, (len(order),), order, cut_up)
 
     def preparation_for(
         self, max_tiles: int | None = None, fit_pixels: tuple[int, int] | None = None
@@ -221,7 +165,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         max_tiles: int | None = None,
         fit_pixels: tuple[int, int] | None = None,
         name: str = "",
-    ) -> PreparedImage:
+    ) -> Prepared:
         """Read one picture; :func:`load_pixels` says what is accepted, :meth:`layout` the rest.
 
         Args:
@@ -237,7 +181,7 @@ class TinyModalImageProcessor(ImageProcessingMixin):
         how = self.preparation_for(max_tiles, fit_pixels)
         x_HWC = load_pixels(source, how.max_pixels, name)
         found = self.layout((x_HWC.shape[0], x_HWC.shape[1]), number, max_tiles, fit_pixels)
-        return PreparedImage.of(cut(x_HWC, how, found.plan), found)
+        return Prepared(tuple(cut(x_HWC, how, found.plan)), found)
 
     def __call__(
         self,
@@ -380,11 +324,11 @@ class TinyModalProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(image_processor, tokenizer, feature_extractor=ear)
 
-    def prepare(self, source: Source, number: int = 0, **limits: Any) -> PreparedImage:
+    def prepare(self, source: Source, number: int = 0, **limits: Any) -> Prepared:
         """Read one picture; see :meth:`TinyModalImageProcessor.prepare`."""
         return self.image_processor.prepare(source, number, **limits)
 
-    def prepare_sound(self, source: Any, rate_hz: int | None = None, **stretch: Any) -> PreparedSound:
+    def prepare_sound(self, source: Any, rate_hz: int | None = None, **stretch: Any) -> Prepared:
         """Read one sound; see :meth:`TinyModalAudioProcessor.prepare`.
 
         Raises:

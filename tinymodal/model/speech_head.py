@@ -8,6 +8,7 @@ end to end (:class:`Apart`) and over one that grows (:class:`Memory`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Answers(NamedTuple):
     """int64"""
 
 
-class SpeechHead(nn.Module):
+class SpeechHead(nn.Module, ABC):
     """States of answers in, frames out; trained by :meth:`loss`, heard by :meth:`begin`."""
 
     measures: tuple[str, ...] = ()
@@ -116,14 +117,15 @@ class SpeechHead(nn.Module):
         found: Loss = self(answers)
         return found
 
+    @abstractmethod
     def forward(self, answers: Answers) -> Loss:
         """See :meth:`loss`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self, frames: Sequence[int]) -> int:
         """What the loss of answers of so many frames is a sum over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(
         self, voice: int | Tensor = 0, *, temperature: float = 0.0, top_k: int = 0, seed: int = 0
     ) -> Speaker:
@@ -138,7 +140,6 @@ class SpeechHead(nn.Module):
         Raises:
             ValueError: no such voice, or a choice that the design does not have.
         """
-        raise NotImplementedError
 
     def spoken(self, codes_QG: Tensor) -> Tensor:
         """The books that this head speaks.
@@ -203,9 +204,10 @@ class SpeechHead(nn.Module):
         return self.run(x_MW, positions_M, Apart(lengths, x_MW.device))
 
 
-class Speaker:
+class Speaker(ABC):
     """One answer being spoken. What is said does not depend on how its tokens are handed over."""
 
+    @abstractmethod
     def feed(self, state_1D: Tensor, word_1D: Tensor) -> Tensor:
         """Hear of the next token, or of several.
 
@@ -216,11 +218,10 @@ class Speaker:
         Returns:
             Frames that are new and final, int64 [Q, f]; f may be 0.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def rest(self) -> Iterator[Tensor]:
         """The text is over: the frames that are left, in stretches, int64 [Q, f] each."""
-        raise NotImplementedError
 
     def finish(self) -> Tensor:
         """The text is over: all frames that are left, int64 [Q, f]."""

@@ -128,7 +128,7 @@ def _print_parts(composed: Composed, out: Console) -> None:
         )
         for seconds in TYPICAL_S:
             found = ear.layout(round(seconds * hz))
-            several = f" in {len(found.windows)} windows" if len(found.windows) > 1 else ""
+            several = f" in {len(found.tile_tokens)} windows" if len(found.tile_tokens) > 1 else ""
             out.print(
                 f"a sound of {seconds:g} s: {found.patches:,} positions{several} -> {found.tokens:,} tokens",
                 markup=False,

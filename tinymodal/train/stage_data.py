@@ -29,8 +29,7 @@ from tinymodal.train.world import ALONE, World
 
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
-    from tinymodal.model.audio_processing import PreparedSound
-    from tinymodal.model.processing_tinymodal import PreparedImage
+    from tinymodal.model.layout import Prepared
 
 FEATURES = Path("~/.cache/tinymodal/features")
 CODES = "codes"
@@ -84,8 +83,8 @@ def encoder_of(
     recipe: Recipe,
     index: int,
     composed: Composed,
-    prepare: Callable[..., PreparedImage] | None = None,
-    prepare_sound: Callable[..., PreparedSound] | None = None,
+    prepare: Callable[..., Prepared] | None = None,
+    prepare_sound: Callable[..., Prepared] | None = None,
 ) -> Read:
     """What turns a sample of a stage into tokens, labels, media, and the sounds of answers that are learned.
 
