@@ -34,7 +34,6 @@ STAGES = {
     "align": "after align alone",
     "instruct": "after align and instruct",
     "instruct_without_align": "instruct without align",
-    "listen": "and after it learned to hear",
 }
 NUM_SOUND_NUMBERS = sum(map(len, SOUND.values()))
 MADE_BY = {

@@ -192,9 +192,11 @@ def test_results_go_beside_the_model_or_under_runs(tmp_path):
 
 
 def test_the_names_that_eval_runs_by_default_are_built_in():
+    from tinymodal.eval.tasks import scenes
     from tinymodal.eval.tasks.table import TASKS
 
-    assert cli.SCENES.split(",") == [name for name in TASKS if name.startswith("scenes")]
+    assert cli.SCENES.split(",") == [benchmark.name for benchmark in scenes.BENCHMARKS.values()]
+    assert set(cli.SCENES.split(",")) <= set(TASKS)
 
 
 @pytest.fixture(scope="module")

@@ -239,7 +239,7 @@ STARTER_RECORD = {
 DEMO_RECORD = {
     **SCORES,
     **SOUND,
-    "stages": {name: {"mean_new": 0.5} for name in ("align", "instruct", "instruct_without_align", "listen")},
+    "stages": {name: {"mean_new": 0.5} for name in ("align", "instruct", "instruct_without_align")},
     "seconds": 480.0,
     "cpu_seconds": 900.4,
     "peak_memory_mb": 1234.5,

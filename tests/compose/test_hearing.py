@@ -185,7 +185,7 @@ def test_a_tower_that_lacks_weights_or_is_none_is_refused(whisper, blind, tmp_pa
     (tmp_path / "config.json").write_text((whisper / "config.json").read_text())
     for place, told in (
         (tmp_path, "neither model.safetensors|no file|does not appear"),
-        (blind, "model_type 'tinymodal'"),
+        (blind, "has no audio tower"),
     ):
         spec = ModelSpec(path=str(blind), audio=AudioSpec(path=str(place)))
         with pytest.raises(CheckpointError, match=told) as caught:

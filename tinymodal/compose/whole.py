@@ -81,8 +81,8 @@ def prepared_as(folder: Path, part: Perceives) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it does not say.
     """
-    where = str(folder)
-    if not is_composed(read_json(folder / "config.json", where)):
+    where, file = str(folder), folder / "config.json"
+    if not file.is_file() or not is_composed(read_json(file, where)):
         return None
     said = read_json(folder / "processor_config.json", where)
     reader, how = {

@@ -47,8 +47,7 @@ SOUND = {
 STAGES = {
     "align": ("after align alone", "only the connector has trained"),
     "instruct_without_align": ("instruct without align", "the connector starts from random weights"),
-    "instruct": ("align, then instruct", "it sees"),
-    "listen": ("and after it learned to hear", "it sees and hears"),
+    "instruct": ("align, then instruct", "this model"),
 }
 """Stages in the order of the page; the last that a report has is the model that it is about."""
 
