@@ -344,12 +344,12 @@ def _files(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_sample(folder: Path, gallery: Sequence[Mapping[str, Any]]) -> None:
-    """A picture to talk about: the first of the gallery that stands alone."""
-    card = next(card for card in gallery if len(card["pictures"]) == 1)
-    for played in (played for card in gallery for played in card["sounds"][:1]):
-        (folder / "sample.ogg").write_bytes(base64.b64decode(played))
-        break
+    """A picture to talk about, the first of the gallery that stands alone, and a question about it aloud."""
+    alone = [card for card in gallery if len(card["pictures"]) == 1]
+    card = next((card for card in alone if card["sounds"]), alone[0])
     (folder / "sample.png").write_bytes(base64.b64decode(card["pictures"][0]))
+    if card["sounds"]:
+        (folder / "sample.ogg").write_bytes(base64.b64decode(card["sounds"][0]))
 
 
 def chat_command(folder: Path) -> str:
@@ -538,10 +538,14 @@ def _cards(result: Result, note: str = "", said: Mapping[str, str] | None = None
         note: on all of the cards.
         said: question id -> its words, where they are heard instead of read.
     """
+    return [_card(row, note, (said or {}).get(row.question.sample.id)) for row in _first_of_kinds(result)]
+
+
+def _first_of_kinds(result: Result) -> list[Answered]:
     first: dict[str, Answered] = {}
     for row in result.answered:
         first.setdefault(row.question.meta["kind"], row)
-    return [_card(row, note, (said or {}).get(row.question.sample.id)) for row in first.values()]
+    return list(first.values())
 
 
 def _card(row: Answered, note: str, said: str | None = None) -> dict[str, Any]:
@@ -563,10 +567,7 @@ def _spoken_cards(engine: Engine, result: Result) -> list[dict[str, Any]]:
     """The first answers aloud, one of each kind, and what was heard of them."""
     from tinymodal.infer.engine import Sampling
 
-    first: dict[str, Answered] = {}
-    for row in result.answered:
-        first.setdefault(row.question.meta["kind"], row)
-    kept = list(first.values())[:NUM_PLAYED]
+    kept = _first_of_kinds(result)[:NUM_PLAYED]
     sampling = Sampling(max_new_tokens=result.benchmark.max_new_tokens)
     said = engine.reply([row.question.sample for row in kept], sampling, speak=True)
     cards = []

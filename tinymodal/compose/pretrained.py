@@ -36,8 +36,8 @@ SHIPPED = {
     "starter/language": "starter/language",
     "starter/tokenizer": "starter/tokenizer",
 }
-"""Name -> folder inside the package. Towers, codec and speech head are those of the starter model; its
-language model is not the one that recipes begin with, which has never met a picture."""
+"""Name -> folder inside the package. Towers, codec and speech head are read out of the starter model, so that
+they ship once. ``starter/language`` is another one than its own: it has never met a drawn picture."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Any of these makes a folder a tokenizer's. Of a folder with none, transformers makes an empty tokenizer."""

@@ -334,12 +334,10 @@ class SpokenAnswers(SpokenQuestions):
         split: as in :class:`SpokenQuestions`.
         seed: as there.
         spoken: as there; 0.5 by default.
-        speaker: who asks.
-        voices: whose voices ask.
         answers: how answers are spoken, see :class:`Speakers`.
         speak: names of the voices that answer, one to a sample; empty: ``en-us+f1`` in all of them, and the
             speech part names no voice.
-        scenes: further options of ``Scenes``.
+        asked: who asks (``speaker``, ``voices``), and further options of ``Scenes``.
     """
 
     name = "aloud"
@@ -349,13 +347,11 @@ class SpokenAnswers(SpokenQuestions):
         split: Split = "train",
         seed: int = 0,
         spoken: float = 0.5,
-        speaker: How = "mixed",
-        voices: VoiceSplit | None = None,
         answers: How = "auto",
         speak: Sequence[str] = (),
-        **scenes: Any,
+        **asked: Any,
     ) -> None:
-        super().__init__(split, seed, spoken, speaker, voices, **scenes)
+        super().__init__(split, seed, spoken, **asked)
         self.speak = tuple(speak)
         self.answerers = {name: Speakers("speak", answers, (name,)) for name in self.speak or (SPEAKS[0],)}
 
@@ -405,7 +401,9 @@ class Omni:
         known: dict[str, Callable[[], Source]] = {
             "written": lambda: _scenes(split, seed, scenes),
             "spoken": lambda: SpokenQuestions(split, seed, 1.0, speaker, voices, **scenes),
-            "aloud": lambda: SpokenAnswers(split, seed, 0.5, speaker, voices, speak=speak, **scenes),
+            "aloud": lambda: SpokenAnswers(
+                split, seed, speak=speak, speaker=speaker, voices=voices, **scenes
+            ),
             "heard": lambda: Heard(split, seed, sentences=0.3, speaker=speaker, voices=voices),
         }
         if unknown := sorted(set(shares) - set(known)):

@@ -17,13 +17,17 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from tinymodal.core.types import Audio, Message, Part, Sample
 from tinymodal.eval.answers import exact
 from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category
 from tinymodal.eval.tasks import scenes
 from tinymodal.eval.transcripts import rates, understood
+
+if TYPE_CHECKING:
+    from tinymodal.data.sounds import How
+    from tinymodal.data.voices import VoiceSplit
 
 SOURCE = "tinymodal/data/sounds.py; words as they are spoken, counted by jiwer"
 CLIPS = 300
@@ -32,9 +36,6 @@ PER_KIND_ASKED = 60
 """Questions asked aloud of each kind: +-6 points a kind at 95 % right, +-2 in the mean of ten."""
 MAX_NEW_TOKENS = 32
 """Four numbers of two words and their spaces are 12 tokens; what goes on after that is counted as wrong."""
-
-Voices = Literal["train", "val", "test"]
-How = Literal["shipped", "espeak", "auto", "mixed"]
 
 
 def benchmarks(
@@ -89,7 +90,7 @@ def benchmarks(
 
 @functools.lru_cache(maxsize=4)
 def heard(
-    split: scenes.Split, seed: int, num: int, voices: Voices, speaker: How = "shipped"
+    split: scenes.Split, seed: int, num: int, voices: VoiceSplit, speaker: How = "shipped"
 ) -> list[Question]:
     """Clips of one to four words in the voices of a split, and what is said."""
     from tinymodal.data.sounds import heard_questions
