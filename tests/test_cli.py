@@ -11,6 +11,7 @@ import pytest
 
 from tinymodal import cli
 from tinymodal.core.errors import DataError
+from tinymodal.verbs import evaluate, options
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """
@@ -186,17 +187,17 @@ def test_importing_the_command_line_changes_nothing():
 
 
 def test_results_go_beside_the_model_or_under_runs(tmp_path):
-    assert cli.results_folder(str(tmp_path)) == tmp_path / "eval"
-    assert cli.results_folder("starter") == Path("runs/starter/eval")
-    assert cli.results_folder("org/model") == Path("runs/org--model/eval")
+    assert options.results_folder(str(tmp_path)) == tmp_path / "eval"
+    assert options.results_folder("starter") == Path("runs/starter/eval")
+    assert options.results_folder("org/model") == Path("runs/org--model/eval")
 
 
 def test_the_names_that_eval_runs_by_default_are_built_in():
     from tinymodal.eval.tasks import scenes
     from tinymodal.eval.tasks.table import TASKS
 
-    assert cli.SCENES.split(",") == [benchmark.name for benchmark in scenes.BENCHMARKS.values()]
-    assert set(cli.SCENES.split(",")) <= set(TASKS)
+    assert evaluate.SCENES.split(",") == [benchmark.name for benchmark in scenes.BENCHMARKS.values()]
+    assert set(evaluate.SCENES.split(",")) <= set(TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_a_saved_model_is_scored_from_the_command_line(model_folder, tmp_path, c
     for told in ("scenes-shuffled", "colour", "mean", "first 10 questions only", str(tmp_path)):
         assert told in out
     tests = ("scenes", "scenes-unseen", "scenes-shuffled")
-    names = {"results.json", ".eval.lock", *(f"{name}.replies.jsonl" for name in tests)}
+    names = {"results.json", ".eval.lock", "eval.html", *(f"{name}.replies.jsonl" for name in tests)}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

@@ -17,21 +17,19 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tinymodal import __version__
 from tinymodal.core.errors import DataError, RecipeError, TinyModalError
 from tinymodal.core.types import Audio, Image, Medium
+from tinymodal.verbs.evaluate import add_eval
+from tinymodal.verbs.options import STARTER, add_device, load_model, positive
 
 if TYPE_CHECKING:
-    from tinymodal.compose.build import Composed
-    from tinymodal.eval.benchmark import Listener
     from tinymodal.train.recipe import Recipe
 
     Verbs = argparse._SubParsersAction["Parser"]
 
-STARTER = "starter"
-SCENES = "scenes,scenes-unseen,scenes-shuffled"
 USERS_FAULT = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT)
 """System errors that are no bug of ours: a full disk, a folder one may not write to."""
 
@@ -142,43 +140,6 @@ def add_compare(verbs: Verbs) -> None:
     p.set_defaults(run=run_compare)
 
 
-def add_eval(verbs: Verbs) -> None:
-    p = verbs.add_parser(
-        "eval", help="score a model: tinymodal eval runs/mine --on my_questions.jsonl --limit 200"
-    )
-    p.add_argument(
-        "model", nargs="?", default=STARTER, help="run folder, model folder or Hub name (%(default)s)"
-    )
-    p.add_argument(
-        "--on",
-        default=SCENES,
-        metavar="NAMES",
-        help="benchmarks, comma-separated: built-in ones (%(default)s; speech-roundtrip), a .jsonl of image "
-        "or audio, question and answer, a folder that lies as LibriSpeech does, or my_bench.py:BENCHMARK",
-    )
-    p.add_argument(
-        "--limit", type=positive, metavar="N", help="the first N questions of each, for a quick look"
-    )
-    p.add_argument(
-        "--batch", type=positive, default=64, metavar="N", help="questions answered together (%(default)s)"
-    )
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="where replies and results go (MODEL/eval)")
-    p.add_argument(
-        "--aloud",
-        action="store_true",
-        help="let it speak its replies, and count the words that a recogniser does not understand",
-    )
-    p.add_argument(
-        "--listener",
-        metavar="MODEL",
-        help="with --aloud: a model that hears and transcribes (the built-in recogniser, for words of made "
-        "scenes)",
-    )
-    p.add_argument("--voice", metavar="NAME", help="with --aloud: which voice speaks (the model's first)")
-    add_device(p)
-    p.set_defaults(run=run_eval)
-
-
 def add_chat(verbs: Verbs) -> None:
     p = verbs.add_parser("chat", help="talk to a model: tinymodal chat runs/demo/model --image cat.png")
     p.add_argument(
@@ -264,19 +225,6 @@ def add_recipe(p: argparse.ArgumentParser, tiny: bool = True) -> None:
         )
 
 
-def add_device(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
-    )
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
 def picture(text: str) -> Image:
     return Image(Path(text))
 
@@ -311,7 +259,18 @@ def run_train(args: argparse.Namespace) -> None:
 
     from tinymodal.train.loop import run
 
-    run(recipe, folder)
+    if recipe.eval_every is None or os.environ.get("RANK", "0") != "0":
+        run(recipe, folder)
+    else:
+        from tinymodal.eval.during import Evaluations
+
+        evaluations = Evaluations(folder, recipe.eval_every)
+        try:
+            run(recipe, folder, after_save=evaluations.saved)
+            evaluations.finish()
+        except BaseException:
+            evaluations.stop()
+            raise
     if os.environ.get("RANK", "0") == "0":
         model = folder / "model"
         print(f"\nThe model is in {model}. Talk to it:\n\n  {program()} chat {shlex.quote(str(model))}\n")
@@ -441,44 +400,6 @@ def tiny(args: argparse.Namespace, recipe: Recipe, folder: Path) -> Recipe:
     return small
 
 
-def run_eval(args: argparse.Namespace) -> None:
-    from tinymodal.eval.run import benchmarks, evaluate, tables
-
-    names = [name for name in args.on.split(",") if name]
-    for option in ("listener", "voice"):
-        if getattr(args, option) is not None and not args.aloud:
-            raise RecipeError(f"--{option} belongs to --aloud; give that as well, or leave it out")
-    benchmarks(names)  # a misspelt name is told before the model is loaded
-    folder = args.out or results_folder(args.model)
-    spoken: dict[str, Any] = {"spoken": args.aloud, "voice": args.voice}
-    if args.listener is not None:
-        spoken["listener"] = lambda: listening(args)
-    results = evaluate(
-        load_model(args), names, folder=folder, limit=args.limit, batch_size=args.batch, **spoken
-    )
-
-    from rich.console import Console
-
-    console = Console()
-    for table in tables(results):
-        console.print(table)
-    for result in results:
-        if (timing := result.timing) is not None:
-            print(
-                f"{result.benchmark.name}: first sound {timing.first_sound_ms:,.0f} ms after the first word "
-                f"(median of {timing.replies} replies, {timing.slowest_first_sound_ms:,.0f} ms at most); "
-                f"{timing.real_time_factor:.2f} s to say a second"
-            )
-    print(f"Every prompt, reply and score: {folder}")
-
-
-def listening(args: argparse.Namespace) -> Listener:
-    """The model of ``--listener`` on ``--device``."""
-    from tinymodal.eval.speaking import of_model
-
-    return of_model(load_model(argparse.Namespace(model=args.listener, device=args.device)), args.listener)
-
-
 def run_chat(args: argparse.Namespace) -> int:
     media: list[Medium] = args.media
     for part in media:
@@ -534,24 +455,6 @@ def run_adopt(args: argparse.Namespace) -> None:
     print(f"template: {report.template} ({how})")
     print(f"Every tensor and comparison: {args.out / REPORT}\n\nTalk to it:\n")
     print(f"  {program()} chat {args.out} --image PICTURE\n")
-
-
-def load_model(args: argparse.Namespace) -> Composed:
-    """The model of ``MODEL`` on ``--device``."""
-    import torch
-
-    from tinymodal.compose.build import load
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device cuda: torch sees no GPU here; leave the option out to use the CPU.")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    return load(args.model, device=device)
-
-
-def results_folder(name: str) -> Path:
-    """``MODEL/eval``; models that do not lie in a folder of the user's get one under ``runs``."""
-    folder = Path(name)
-    return folder / "eval" if folder.is_dir() else Path("runs") / name.replace("/", "--") / "eval"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,7 +34,8 @@ from tinymodal.eval import report as pages
 from tinymodal.eval.answers import exact
 from tinymodal.eval.curves import curves
 from tinymodal.eval.playable import playable, sounds_of
-from tinymodal.eval.run import Answered, Result, run, write_atomically
+from tinymodal.eval.results import Answered, Result
+from tinymodal.eval.run import run, write_atomically
 from tinymodal.eval.speaking import aloud
 from tinymodal.eval.tasks import scenes, sounds
 from tinymodal.eval.tasks.table import PER_KIND_ALOUD

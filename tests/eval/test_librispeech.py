@@ -11,7 +11,7 @@ import soundfile
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Audio
 from tinymodal.eval.folder import digest
-from tinymodal.eval.run import benchmark
+from tinymodal.eval.names import benchmark
 
 
 @pytest.fixture

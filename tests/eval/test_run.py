@@ -15,7 +15,9 @@ from tinymodal.core.types import Audio, Image, Message, Sample, Text
 from tinymodal.eval.answers import exact
 from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category
 from tinymodal.eval.folder import LOCK, digest, fingerprint
-from tinymodal.eval.run import benchmark, benchmarks, evaluate, run, tables
+from tinymodal.eval.names import benchmark, benchmarks
+from tinymodal.eval.results import tables
+from tinymodal.eval.run import evaluate, run
 from tinymodal.infer.engine import Engine, Reply
 
 
@@ -179,7 +181,7 @@ def test_a_file_called_as_the_results_is_left_alone(model, tmp_path, content):
     path = tmp_path / "results.json"
     path.write_text(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinymodal.eval.run.TASKS", {"one": colours(name="one")})
+        patch.setattr("tinymodal.eval.names.TASKS", {"one": colours(name="one")})
         with pytest.raises(DataError, match=r"results\.json: .*--out"):
             evaluate(model, ["one"], folder=tmp_path, limit=1)
     assert path.read_text() == content
@@ -189,7 +191,7 @@ def test_a_file_called_as_the_results_is_left_alone(model, tmp_path, content):
 def test_the_second_benchmarks_file_is_looked_at_before_the_first_is_asked(model, tmp_path):
     (tmp_path / "two.replies.jsonl").write_text("notes\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinymodal.eval.run.TASKS", {"one": colours(name="one"), "two": colours(name="two")})
+        patch.setattr("tinymodal.eval.names.TASKS", {"one": colours(name="one"), "two": colours(name="two")})
         with pytest.raises(DataError, match=r"two\.replies\.jsonl"):
             evaluate(model, ["one", "two"], folder=tmp_path, limit=1)
     assert not (tmp_path / "one.replies.jsonl").exists()
@@ -245,21 +247,26 @@ def test_a_longer_reply_is_another_run(model, tmp_path):
     assert len(longer.asked) == 10
 
 
-def test_no_questions_or_two_of_one_id_are_refused(model, tmp_path):
+def test_no_questions_are_refused(model, tmp_path):
     with pytest.raises(DataError, match="no questions"):
         run(colours(list), Parrot(model), tmp_path)
-    with pytest.raises(DataError, match="one id"):
-        run(colours(lambda: questions(2) + questions(2)), Parrot(model), tmp_path)
+
+
+def test_of_two_questions_with_one_id_the_first_counts_and_the_score_is_incomplete(model, tmp_path):
+    result = run(colours(lambda: questions(2) + questions(1)), Parrot(model), tmp_path)
+    told = result.summary()
+    assert (told["n"], told["complete"]) == (2, False)
+    assert told["problems"] == {"questions with the id of another": {"count": 1, "named": ["q0"]}}
 
 
 def test_a_real_model_is_scored_end_to_end(model, tmp_path):
     monkey = {"one": colours(name="one"), "two": colours(name="two", max_new_tokens=2)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinymodal.eval.run.TASKS", monkey)
+        patch.setattr("tinymodal.eval.names.TASKS", monkey)
         results = evaluate(model, ["one", "two"], folder=tmp_path, limit=4)
     told = json.loads((tmp_path / "results.json").read_text())
     assert set(told) == {"one", "two"}
-    assert told["one"]["questions"] == 4
+    assert told["one"]["n"] == 4
     assert told["one"]["limit"] == 4
     assert told["one"]["best_constant"]["odd"] == {"answer": "red", "accuracy": 1.0}
     assert len(tables(results)) == 2
@@ -267,7 +274,7 @@ def test_a_real_model_is_scored_end_to_end(model, tmp_path):
 
 def test_results_of_other_benchmarks_stay_in_the_file(model, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinymodal.eval.run.TASKS", {"one": colours(name="one"), "two": colours(name="two")})
+        patch.setattr("tinymodal.eval.names.TASKS", {"one": colours(name="one"), "two": colours(name="two")})
         evaluate(model, ["one"], folder=tmp_path, limit=2)
         evaluate(model, ["two"], folder=tmp_path, limit=2)
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"one", "two"}
@@ -276,7 +283,7 @@ def test_results_of_other_benchmarks_stay_in_the_file(model, tmp_path):
 def test_numbers_of_other_weights_do_not_stay_beside_these(model, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         tasks = {"one": colours(name="one"), "two": colours(name="two", max_new_tokens=2)}
-        patch.setattr("tinymodal.eval.run.TASKS", tasks)
+        patch.setattr("tinymodal.eval.names.TASKS", tasks)
         evaluate(model, ["one", "two"], folder=tmp_path, limit=2)
         other = tiny_model(seed=1)
         evaluate(other, ["two"], folder=tmp_path, limit=2)
@@ -391,7 +398,7 @@ def test_every_file_is_utf8_whatever_the_locale(model, tmp_path, monkeypatch):
         return own(path, mode, buffering, encoding, **more)
 
     monkeypatch.setattr(Path, "open", opening)
-    monkeypatch.setattr("tinymodal.eval.run.TASKS", {"one": colours(name="one")})
+    monkeypatch.setattr("tinymodal.eval.names.TASKS", {"one": colours(name="one")})
     for _ in range(2):
         evaluate(model, ["one"], folder=tmp_path, limit=1)
     files = ("one.replies.jsonl", "one.replies.jsonl.part", "results.json", "results.json.part")

@@ -16,7 +16,8 @@ from tinymodal.core.errors import CheckpointError, DataError
 from tinymodal.core.types import Message, Sample, Text
 from tinymodal.eval.benchmark import Listener
 from tinymodal.eval.folder import fingerprint
-from tinymodal.eval.run import evaluate, run, tables
+from tinymodal.eval.results import tables
+from tinymodal.eval.run import evaluate, run
 from tinymodal.eval.speaking import METRIC, aloud, of_model, time_speech
 from tinymodal.eval.tasks.table import TASKS
 from tinymodal.infer.engine import AudioDelta, Engine, TextDelta
@@ -146,13 +147,13 @@ def test_the_way_there_and_back_is_a_benchmark_by_name(tmp_path, monkeypatch):
     assert TASKS["speech-roundtrip"].aloud is not None
     mouth = talking()
     monkeypatch.setattr(
-        "tinymodal.eval.run.TASKS", {"one": colours(lambda: questions(3), name="one", max_new_tokens=3)}
+        "tinymodal.eval.names.TASKS", {"one": colours(lambda: questions(3), name="one", max_new_tokens=3)}
     )
     (result,) = evaluate(mouth.composed, ["one"], folder=tmp_path, spoken=True, listener=Deaf("one two"))
     told = json.loads((tmp_path / "results.json").read_text())
     assert set(told) == {"one-aloud"}
     assert told["one-aloud"]["metric"] == METRIC
-    assert told["one-aloud"]["numbers"] == result.numbers
+    assert told["one-aloud"]["metrics"] == result.numbers
 
 
 def test_a_table_of_errors_says_that_lower_is_better_and_shows_no_constant(mouth, tmp_path):

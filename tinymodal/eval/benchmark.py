@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Sample
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -44,6 +47,71 @@ MEAN = "mean"
 """Names the number that a benchmark is known by; no category may be called so."""
 
 Reducer = Callable[[Sequence[Score]], dict[str, float]]
+Metrics = dict[str, Any]
+"""Name -> number or further ``Metrics``: nested and in the units in which the official scorer prints them."""
+
+
+class Sums(NamedTuple):
+    """A number as a function of sums over units, which is all that a bootstrap has to know."""
+
+    rows: NDArray[np.float64]
+    """[units, columns]. A unit is what is drawn together: a question, or all questions about one picture."""
+    value: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    """Sums, [..., columns] -> the number, [...]."""
+
+
+class Given(NamedTuple):
+    """An answer that was made elsewhere."""
+
+    id: str
+    """Of the question it answers: its ``sample.id``."""
+    text: str
+    where: str
+    """File and row, for errors."""
+    verdicts: tuple[str, ...] = ()
+    """What judges wrote about it, one each, where the file tells; the score's value is then their mean, and
+    ``parsed`` what was understood of each, with :data:`BETWEEN` between."""
+
+
+BETWEEN = "; "
+"""Stands between what was understood of several verdicts, in :attr:`Score.parsed`."""
+
+
+class Problems:
+    """What is wrong with questions and answers: named, counted, and then the score is incomplete."""
+
+    KEPT = 20
+    """So many of each kind are named; all are counted."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.named: dict[str, list[str]] = {}
+
+    def add(self, kind: str, what: str) -> None:
+        """Note one: ``kind`` in the plural ("answers to no question"), ``what`` names file and row or id."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if len(names := self.named.setdefault(kind, [])) < self.KEPT:
+            names.append(what)
+
+    def merge(self, told: Mapping[str, Any]) -> None:
+        """Add what another one :meth:`told`."""
+        for kind, one in told.items():
+            self.counts[kind] = self.counts.get(kind, 0) + one["count"]
+            names = self.named.setdefault(kind, [])
+            names += one["named"][: self.KEPT - len(names)]
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        """``3 questions without an answer: a; b; c``, and so on."""
+        return "; ".join(
+            f"{count:,} {kind}: {'; '.join(self.named[kind][:3])}" for kind, count in self.counts.items()
+        )
+
+    def told(self) -> dict[str, Any]:
+        """``{kind: {"count", "named"}}`` for ``results.json``."""
+        return {kind: {"count": count, "named": self.named[kind]} for kind, count in self.counts.items()}
 
 
 def mean(scores: Sequence[Score]) -> dict[str, float]:
@@ -92,6 +160,31 @@ class Aloud:
     """In which the model speaks; None: its first."""
 
 
+OUR_WORDING = "ours, in the official structure"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judging:
+    """How a language model grades a reply."""
+
+    prompt: Callable[[Question, str], Sequence[Mapping[str, str]]]
+    """Question and reply -> the messages for the judge, ``{"role", "content"}`` each; none where the reply
+    needs no judge and :attr:`Benchmark.score` holds. ``ValueError``: what a judge has to know is missing."""
+    read: Callable[[Question, str, str], Score]
+    """Question, reply, what the judge wrote -> the score. A verdict that cannot be read is a ``ValueError``:
+    the judge is asked again."""
+    again: str = ""
+    """Is put behind the last message then."""
+    wording: str = OUR_WORDING
+    """Whose words the prompt is in; told in the results."""
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    model: str = "gpt-4"
+    """What the official protocol asks; it may be replaced, and is then told."""
+    fallback: bool = False
+    """Without a judge :attr:`Benchmark.score` counts, as in the official code; else there is no score."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
     """Everything a run has to know about one benchmark."""
@@ -109,9 +202,52 @@ class Benchmark:
     """Benchmarks of one family share a table: their numbers have the same names and belong side by side."""
     lower_is_better: bool = False
     """The numbers are rates of errors: no constant answer is put beside them."""
+    report: Callable[[Sequence[Score]], Metrics] | None = None
+    """The numbers as the official scorer prints them; None: those of ``reduce``."""
+    headline: str = MEAN
+    """The number it is known by: its path in the report, with dots."""
+    sums: Callable[[Sequence[Score]], Sums] | None = None
+    """Of the headline, for its confidence interval; None: the mean of the scores' values."""
+    answers: Callable[[Path], Iterable[Given]] | None = None
+    """Reads a file of answers made elsewhere; None: ``eval/given.py`` does, by the questions' ids."""
+    unanswered: Literal["left out", "wrong"] = "left out"
+    """What the official scorer makes of a question without an answer; the score is incomplete in any case."""
+    problems: Problems = field(default_factory=Problems, compare=False)
+    """What was wrong with its files when they were read."""
+    judge: Judging | None = None
+    """Replies are graded by a language model; ``score`` is then what can be said without it."""
     aloud: Aloud | None = None
     """Replies are spoken as well: ``score`` is given the question with the reply's text as its answer (and as
     ``meta["reference"]``), and what the listener heard as the reply."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One thing that a benchmark needs on disk."""
+
+    patterns: tuple[str, ...]
+    """Names under which it is found in the folder or below it, the usual one first; ``*`` stands for any
+    characters. ``.gz`` and a place inside a ``.tar.gz`` are found as well."""
+    what: str
+    """What it holds, in a few words."""
+    origin: str
+    """Where it is from: an address."""
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnDisk:
+    """A benchmark whose files the user has: named by ``--on``, found under ``--data``."""
+
+    name: str
+    title: str
+    """The benchmark in a line."""
+    source: str
+    files: tuple[File, ...]
+    open: Callable[[Path, Problems], Benchmark]
+    """The benchmark over the folder. Reads questions lazily (``load``), so that it is quick."""
+    folders: tuple[str, ...] = ()
+    """Further names that its folder goes by under ``--data``, as in LLaVA's ``playground/data/eval``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tinymodal.core.errors import CheckpointError, DataError, RecipeError
 from tinymodal.eval.compare_page import Grid, Line, page
+from tinymodal.eval.during import EVALS
 
 MAX_POINTS = 800
 """Of a curve: more than a screen shows. Beyond it, each point is the mean of as many steps as need be."""
@@ -80,7 +81,7 @@ def read(folder: Path, name: str) -> Run:
     if not metrics.is_file():
         what = "holds no metrics.jsonl" if folder.is_dir() else "is no folder"
         raise CheckpointError(f"{folder}: {what}; expected the folder of a run, e.g. runs/demo")
-    rows = tuple(_rows(metrics))
+    rows = tuple(_with_evals(list(_rows(metrics)), folder / EVALS))
     if not rows:
         raise DataError(f"{metrics}: holds no step yet; expected one line for each. Wait, or leave it out")
     recipe, record = None, folder / "run.json"
@@ -241,6 +242,21 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 f"the line out, or copy the file again"
             )
         yield row
+
+
+def _with_evals(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows with those of evaluations behind the step whose model was evaluated."""
+    evals: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in _rows(path) if path.is_file() else ():
+        evals.setdefault((row["stage"], row["step"]), []).append(row)
+    found = []
+    for n, row in enumerate(rows):
+        found.append(row)
+        at = row["stage"], row["step"]
+        # A step may have a second row, with the held-out loss; and be done twice, after a kill.
+        if n + 1 == len(rows) or (rows[n + 1]["stage"], rows[n + 1]["step"]) != at:
+            found += evals.pop(at, ())
+    return found
 
 
 def _flatten(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

@@ -58,6 +58,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss", ("loss", "held_out")),
     ("Loss by source and modality", ("loss/", "loss_")),
     ("Held-out loss by source and modality", ("held_out/",)),
+    ("Benchmarks", ("eval/",)),
     ("Optimizer", ("lr", "lr/", "grad_norm")),
     (
         "Speed and memory",
@@ -287,6 +288,8 @@ def _panel_of(key: str) -> Panel:
     whole, _, part = key.partition("/")
     if part and whole in KNOWN:
         return KNOWN[whole]._replace(title=f"{KNOWN[whole].title}: {part}", unit="")
+    if whole == "eval":
+        return Panel(part, "of the first questions", exact=True)
     if key.startswith("loss_"):
         return Panel(f"Loss: {key.removeprefix('loss_')}", "part of the sum")
     return Panel(key)

@@ -31,7 +31,7 @@ LOCK = ".eval.lock"
 """Empty; held by the process that writes into the folder."""
 ROW = ("id", "prompt", "reply", "stopped_by", "answer", "parsed", "score", "meta", "digest", "run")
 """What a row of replies holds, in this order: ours are known by it."""
-SUMMARY = ("metric", "numbers", "questions", "limit", "best_constant", "source", "run")
+SUMMARY = ("metric", "metrics", "n", "complete", "protocol", "run")
 """What the results tell of each benchmark: ours are known by it."""
 
 
@@ -63,6 +63,11 @@ def replies_path(folder: Path, name: str) -> Path:
 
 def line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def rank_path(path: Path, rank: int | None) -> Path:
+    """Where one of several processes writes its rows until all are done; of any of them, as a pattern."""
+    return path.with_name(f"{path.name}.rank-{'*' if rank is None else format(rank, '05d')}")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -333,8 +333,8 @@ def _card(card: Card) -> str:
         for i, png in enumerate(card.pictures)
     )
     shown = f'<div class="pictures">{pictures}</div>' if pictures else ""
-    played = "".join(_player(file, f"sound {i + 1} of the question") for i, file in enumerate(card.sounds))
-    aloud = _player(card.spoken, "the answer aloud") if card.spoken else ""
+    played = "".join(player(file, f"sound {i + 1} of the question") for i, file in enumerate(card.sounds))
+    aloud = player(card.spoken, "the answer aloud") if card.spoken else ""
     if card.heard:
         aloud += f'<div class="truth">heard: <strong>{escape(card.heard)}</strong></div>'
     mark, word, style = ("✓", "right", "right") if card.right else ("✗", "wrong", "wrong")
@@ -349,7 +349,7 @@ def _card(card: Card) -> str:
     )
 
 
-def _player(file: bytes, label: str) -> str:
+def player(file: bytes, label: str) -> str:
     """A sound with its buttons."""
     kind = "wav" if file.startswith(b"RIFF") else "ogg"
     return (

@@ -124,6 +124,7 @@ def aloud(
         score=score,
         reduce=reduce,
         metric=METRIC,
+        headline="wer",
         family="",
         lower_is_better=True,
         aloud=Aloud(opened, voice),

@@ -52,7 +52,7 @@ __all__ = [
 
 HARMLESS = (
     "name", "save_every", "keep", "keep_best", "save_async", "threads", "device", "parts", "parallel",
-    "trackers", "cache_folder", "cache_gb",
+    "trackers", "cache_folder", "cache_gb", "eval_every",
 )  # fmt: skip
 """Keys of a recipe that may change between two starts of one run."""
 HARMLESS_IN_STAGES = (
@@ -349,6 +349,21 @@ NEEDED = {
 """Group -> parts of the model of which it needs one."""
 
 
+class EvalEvery(Value):
+    """Benchmarks while a run trains, in a process of their own: ``[eval_every]``."""
+
+    on: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names as ``tinymodal eval --on`` takes them."""
+    questions: Count = 100
+    """The first so many of each."""
+    saves: Count = 1
+    """Every so many saves; see ``save_every``."""
+    data: str | None = None
+    """Folder of the field's benchmarks, as ``--data``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU if there is one, beside the training; it needs memory for a second model."""
+
+
 class Recipe(Value):
     """A run, complete on one screen."""
 
@@ -379,6 +394,8 @@ class Recipe(Value):
     """How several processes share the work."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where the metrics go besides ``metrics.jsonl``."""
+    eval_every: EvalEvery | None = None
+    """Benchmarks that saved models are scored on while the run goes on."""
     cache_folder: str | None = None
     """Where stages with ``cache`` keep features, and those that learn to speak codes, for all runs; None:
     ``~/.cache/tinymodal/features``."""

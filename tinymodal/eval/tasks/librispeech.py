@@ -38,6 +38,7 @@ def from_folder(folder: Path, prompt: str = PROMPT) -> Benchmark:
         reduce=error_rates,
         max_new_tokens=MAX_NEW_TOKENS,
         metric="word error rate",
+        headline="wer",
         lower_is_better=True,
         source=f"{folder}; Whisper's normaliser and jiwer, https://github.com/openai/whisper",
     )

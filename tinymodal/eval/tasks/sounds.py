@@ -72,6 +72,7 @@ def benchmarks(
             max_new_tokens=MAX_NEW_TOKENS,
             source=SOURCE,
             metric="word error rate",
+            headline="wer",
             lower_is_better=True,
         )
         for key, (name, make) in load.items()

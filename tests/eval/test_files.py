@@ -1,0 +1,144 @@
+"""Files of benchmarks are found and read as their authors publish them, packed or not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+
+import pytest
+
+from tinymodal.core.errors import DataError
+from tinymodal.eval.benchmark import File, OnDisk, Problems
+from tinymodal.eval.files import find_file, folder_of, need, read_json, read_rows, read_text, text_of
+
+ROWS = [{"id": 1, "text": "a\tb\u2028c"}, {"id": 2, "text": 'ü, "q"'}]
+
+
+def put(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def rows(path, problems=None):
+    return [row for _, row in read_rows(path, Problems() if problems is None else problems)]
+
+
+def test_the_file_nearest_to_the_top_is_found_packed_or_not(tmp_path):
+    deep = put(tmp_path / "a" / "b" / "q.json", "1")
+    assert find_file(tmp_path, "q.json") == deep
+    near = tmp_path / "z" / "q.json.gz"
+    near.parent.mkdir()
+    near.write_bytes(gzip.compress(b"2"))
+    assert find_file(tmp_path, "q.json") == near
+    assert find_file(tmp_path, "b/q.json") == deep
+    assert find_file(tmp_path, "other.json", "q.j*") == deep or find_file(tmp_path, "q.j*") == near
+    assert find_file(tmp_path, "none.json") is None
+
+
+def test_an_archive_is_found_by_the_name_of_the_file_in_it(tmp_path):
+    path = tmp_path / "questions.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo("questions.json")
+        info.size = 7
+        archive.addfile(info, io.BytesIO(b'{"a":1}'))
+    assert find_file(tmp_path, "questions.json") == path
+    assert read_json(path) == {"a": 1}
+
+
+def test_an_archive_of_two_files_is_refused(tmp_path):
+    path = tmp_path / "two.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in ("a", "b"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(DataError, match="holds 2 files"):
+        read_text(path)
+
+
+def test_what_is_missing_is_told_with_where_it_is_from(tmp_path):
+    with pytest.raises(
+        DataError, match=r"pope: .* holds no labels\.json \(labels\); it is from https://here"
+    ):
+        need(tmp_path, File(("labels.json",), "labels", "https://here"), "pope")
+
+
+def test_a_benchmark_lies_in_a_folder_of_its_name_or_in_the_one_that_is_named(tmp_path):
+    task = OnDisk(name="mmvet", title="", source="", files=(), open=lambda *_: None, folders=("mm-vet",))
+    assert folder_of(task, tmp_path) == tmp_path
+    (tmp_path / "mm-vet").mkdir()
+    assert folder_of(task, tmp_path) == tmp_path / "mm-vet"
+    (tmp_path / "mmvet").mkdir()
+    assert folder_of(task, tmp_path) == tmp_path / "mmvet"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl-as-json", "tsv", "csv", "xlsx", "parquet"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_the_same_from_every_kind_of_file(tmp_path, kind, packed):
+    name = {"jsonl-as-json": "rows.json"}.get(kind, f"rows.{kind}")
+    path, words = tmp_path / name, [{key: str(value) for key, value in row.items()} for row in ROWS]
+    if kind in ("xlsx", "parquet") and packed:
+        pytest.skip("is packed as it is")
+    if kind == "json":
+        put(path, json.dumps(words))
+    elif kind.startswith("jsonl"):
+        put(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in words))
+    elif kind == "xlsx":
+        openpyxl = pytest.importorskip("openpyxl")
+        book = openpyxl.Workbook()
+        book.active.append(["id", "text"])
+        for row in words:
+            book.active.append(list(row.values()))
+        book.save(path)
+    elif kind == "parquet":
+        pa = pytest.importorskip("pyarrow")
+
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(words), path)
+    else:
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["id", "text"], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(words)
+    if packed:
+        packed_path = path.with_name(path.name + ".gz")
+        packed_path.write_bytes(gzip.compress(path.read_bytes()))
+        path = packed_path
+    assert rows(path) == words
+
+
+def test_a_broken_row_is_named_and_the_others_are_read(tmp_path):
+    problems = Problems()
+    path = put(tmp_path / "a.jsonl", '{"id": 1}\n{"id": 2\n\n[3]\n{"id": 4}\n')
+    assert rows(path, problems) == [{"id": 1}, {"id": 4}]
+    assert problems.told() == {
+        "unreadable rows": {"count": 2, "named": ["a.jsonl: line 2", "a.jsonl: line 4"]}
+    }
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b broken", gzip.compress(b"whole")[:-6], b""])
+def test_a_broken_archive_is_named(tmp_path, content):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.json\.gz"):
+        read_json(path)
+
+
+def test_text_that_is_no_unicode_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": "\xff"}')
+    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read"):
+        rows(path)
+
+
+def test_an_unknown_kind_of_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"expected \.jsonl, \.json"):
+        rows(put(tmp_path / "a.yaml", "a: 1"))
+
+
+def test_an_empty_cell_is_empty_text():
+    assert [text_of(cell) for cell in (None, float("nan"), "", 3, "x")] == ["", "", "", "3", "x"]

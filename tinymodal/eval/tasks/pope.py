@@ -1,0 +1,157 @@
+"""POPE: does a model claim objects that are not in the picture?
+
+3,000 yes/no questions a split over 500 pictures of COCO val2014 (Li et al., EMNLP 2023, arXiv:2305.10355).
+The first sentence of a reply decides, and one with none of No, no, not counts as yes. Answers are joined by
+their question, never by position: the files of 8,910 rows that LLaVA asked and today's 9,000 differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinymodal.core.types import Image, Message, Sample, Text
+from tinymodal.eval.answers import yes_no
+from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
+from tinymodal.eval.files import find_file, need, read_jsonl
+from tinymodal.eval.given import TEXTS, answer_rows, first_of
+
+SOURCE = "https://github.com/AoiDragon/POPE/blob/f3ec604337f1d1c9723ef8d01b4accacf8badb3d/evaluate.py"
+ORIGIN = "https://github.com/AoiDragon/POPE/tree/main/output/coco"
+SPLITS = ("adversarial", "popular", "random")
+SHORT = "\nAnswer the question using a single word or phrase."
+"""LLaVA's prompt, https://github.com/haotian-liu/LLaVA/blob/v1.2.2/docs/Evaluation.md"""
+LABELS = tuple(
+    File((f"coco_pope_{split}.json",), f"questions and labels of the {split} split", ORIGIN)
+    for split in SPLITS
+)
+ASKED = File(
+    ("llava_pope_test.jsonl",),
+    "the ids that LLaVA gave the questions, to score answers that go by them",
+    "eval.zip of https://github.com/haotian-liu/LLaVA/blob/v1.2.2/docs/Evaluation.md",
+    optional=True,
+)
+PICTURES = File(("COCO_val2014_*.jpg",), "pictures of COCO val2014", "https://cocodataset.org", optional=True)
+
+
+def open_folder(folder: Path, problems: Problems) -> Benchmark:
+    """POPE over a folder with the three files of labels, and the pictures in it or below ``val2014``."""
+    llava = find_file(folder, *ASKED.patterns)
+
+    def load() -> Iterator[Question]:
+        pictures = find_file(folder, *PICTURES.patterns)
+        place = pictures.parent if pictures else folder / "val2014"
+        for split, file in zip(SPLITS, LABELS, strict=True):
+            for where, row in read_jsonl(need(folder, file, "pope"), problems):
+                name = row.get("question_id")
+                if name is None or row.get("label") not in ("yes", "no"):
+                    problems.add("questions without id or label", where)
+                    continue
+                parts = (Image(place / row["image"]), Text(row["text"] + SHORT))
+                meta = {"kind": split, "image": row["image"]}
+                yield Question(Sample((Message("user", parts),), f"{split}/{name}"), row["label"], meta)
+
+    def answers(path: Path) -> Iterator[Given]:
+        ids = _ids(folder, llava, problems)
+        for where, row in answer_rows(path, problems):
+            text = first_of(row, TEXTS)
+            name = first_of(row, ("question_id", "id"))
+            if text is None or name is None:
+                problems.add("unreadable answers", where)
+            else:
+                yield Given(ids.get(name, name), text, where)
+
+    return Benchmark(
+        name="pope",
+        load=load,
+        score=score,
+        source=SOURCE,
+        report=report,
+        headline="mean_f1",
+        sums=sums,
+        answers=answers,
+        max_new_tokens=16,
+        metric="F1",
+    )
+
+
+def _ids(folder: Path, llava: Path | None, problems: Problems) -> dict[str, str]:
+    """LLaVA's id of a question -> ours, by split, picture and words."""
+    if llava is None:
+        return {}
+    ours: dict[tuple[str, str, str], str] = {}
+    for split, file in zip(SPLITS, LABELS, strict=True):
+        for _, row in read_jsonl(need(folder, file, "pope"), Problems()):
+            ours[split, row["image"], row["text"]] = f"{split}/{row['question_id']}"
+    found = {}
+    for _, row in read_jsonl(llava, problems):
+        asked = row["category"], row["image"], row["text"].removesuffix(SHORT)
+        if asked in ours:
+            found[str(row["question_id"])] = ours[asked]
+    return found
+
+
+def score(question: Question, reply: str) -> Score:
+    said = yes_no(reply)
+    return Score(float(said == question.answer), parsed=said)
+
+
+def _counts(scores: Sequence[Score]) -> Any:
+    """[questions, splits * 4]: true and false positives, true and false negatives of each split."""
+    rows = np.zeros((len(scores), len(SPLITS) * 4))
+    for i, one in enumerate(scores):
+        column = {("yes", 1.0): 0, ("yes", 0.0): 1, ("no", 1.0): 2, ("no", 0.0): 3}[one.parsed, one.value]
+        rows[i, SPLITS.index(one.meta["kind"]) * 4 + column] = 1
+    return rows
+
+
+def _f1(counts: Any) -> Any:
+    """F1 of [..., 4] counts."""
+    tp, fp, _, fn = (counts[..., i] for i in range(4))
+    precision, recall = tp / (tp + fp), tp / (tp + fn)
+    return 2 * precision * recall / (precision + recall)
+
+
+def sums(scores: Sequence[Score]) -> Sums:
+    """Of the mean F1 over the splits that were asked."""
+    rows = _counts(scores)
+    asked = [i for i in range(len(SPLITS)) if rows[:, i * 4 : i * 4 + 4].any()]
+    return Sums(rows, lambda all_: np.mean([_f1(all_[..., i * 4 : i * 4 + 4]) for i in asked], axis=0))
+
+
+def report(scores: Sequence[Score]) -> Metrics:
+    """Counts, accuracy, precision, recall, F1 and share of yes of each split, and the mean of the F1."""
+    found: Metrics = {}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for split, counts in zip(SPLITS, _counts(scores).sum(axis=0).reshape(-1, 4), strict=True):
+            n = int(counts.sum())
+            if not n:
+                continue
+            tp, fp, tn, fn = (int(count) for count in counts)
+            found[split] = {
+                "n": n,
+                "TP": tp,
+                "FP": fp,
+                "TN": tn,
+                "FN": fn,
+                "accuracy": (tp + tn) / n,
+                "precision": tp / (tp + fp) if tp + fp else 0.0,
+                "recall": tp / (tp + fn) if tp + fn else 0.0,
+                "f1": float(np.nan_to_num(_f1(counts))),
+                "yes_ratio": (tp + fp) / n,
+            }
+    means = [found[split]["f1"] for split in found]
+    return found | ({"mean_f1": sum(means) / len(means)} if means else {})
+
+
+TASK = OnDisk(
+    name="pope",
+    title="yes or no about objects that are not there",
+    source=SOURCE,
+    files=(*LABELS, ASKED, PICTURES),
+    open=open_folder,
+    folders=("POPE",),
+)
