@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinymodal.eval.report import SOUND, sound_numbers
+from tinymodal.eval.pages.report import SOUND, sound_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

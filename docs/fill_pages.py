@@ -21,7 +21,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from tinymodal.compose.spec import AudioSpec, LanguageSpec, ModelSpec, SpeechSpec, VisionSpec
-from tinymodal.train.recipe import Augment, Lora, Parallel, Recipe, Source, Stage, Teacher
+from tinymodal.eval.tasks.table import ON_DISK
+from tinymodal.train.recipe import Augment, EvalEvery, Lora, Parallel, Recipe, Source, Stage, Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES: dict[type[BaseModel], str] = {
@@ -37,6 +38,7 @@ TABLES: dict[type[BaseModel], str] = {
     Augment: "a source's `augment`",
     Teacher: "a stage's `teacher`",
     Parallel: "`[parallel]`",
+    EvalEvery: "`[eval_every]`",
 }
 KINDS = {
     "str": "text",
@@ -54,10 +56,12 @@ KINDS = {
     "Augment": "table",
     "Lora": "table",
     "Parallel": "table",
+    "EvalEvery": "table",
     "Teacher": "table",
     "dict[Loss, Rate]": "table",
     "str | tuple[str, ...]": "text or list of texts",
     "tuple[str, ...]": "list of texts",
+    "Annotated[tuple[str, ...], Field(min_length=1)]": "list of texts",
     "dict[str, str]": "table",
     "dict[str, Any]": "table",
     "dict[str, Rate]": "table",
@@ -92,7 +96,10 @@ ROOMS = {
     "train": "floor 4: batches -> weights",
     "port": "floor 4: checkpoints of other systems, with proof",
     "eval": "floor 5: model -> numbers",
+    "eval/rules": "",
     "eval/tasks": "",
+    "eval/pages": "",
+    "verbs": "floor 6: what the verbs do",
     "": "floors 6 and 7: the verbs",
 }
 
@@ -127,6 +134,16 @@ def tree() -> str:
     return "\n".join([*lines[:-1], "```"])
 
 
+def benchmarks() -> str:
+    """A table of the benchmarks of the field."""
+    rows = ["| `--on` | asks | source of its rules |", "|---|---|---|"]
+    for task in ON_DISK.values():
+        link = re.search(r"https?://[^\s,;)]+", task.source)
+        source = f"[{link[0].split('/')[2]}]({link[0]})" if link else task.source
+        rows.append(f"| `{task.name}` | {task.title} | {source} |")
+    return "\n".join(rows)
+
+
 def filled(page: str, name: str, block: str) -> str:
     """``page`` with ``block`` between ``<!-- NAME -->`` and ``<!-- end of NAME -->``."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -140,8 +157,10 @@ def filled(page: str, name: str, block: str) -> str:
 def pages() -> dict[Path, str]:
     """What each page should hold."""
     recipes, house = ROOT / "docs" / "recipes.md", ROOT / "docs" / "house.md"
+    field = ROOT / "docs" / "benchmarks.md"
     return {
         recipes: filled(recipes.read_text(encoding="utf-8"), "keys", keys()),
+        field: filled(field.read_text(encoding="utf-8"), "benchmarks", benchmarks()),
         house: filled(house.read_text(encoding="utf-8"), "tree", tree()),
     }
 

@@ -41,6 +41,12 @@ TOLD = {
         "On one core: decoded, resized to 384 x 384 and normalised, against Pillow and numpy.",
     ),
     "scaling": ("Several processes", "Gradient and speed of two processes against one, with gloo on a CPU."),
+    "evaluation": (
+        "Asking and scoring",
+        "The starter model asked about made scenes in batches by length, and one by one with the same "
+        "replies; and 100,000 answers scored by the whole command in a process with one thread, for which "
+        "there is no plain way.",
+    ),
     "kills": (
         "Killed and gone on",
         "A training run is ended with SIGKILL at random moments and while it saves, and started again each "

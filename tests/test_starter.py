@@ -8,8 +8,8 @@ import torch
 from tinymodal.compose.build import load
 from tinymodal.core.types import Audio, Message, Sample, Text
 from tinymodal.data.sounds import RATE_HZ, heard_questions, spoken_words
+from tinymodal.eval.rules.transcripts import count_errors
 from tinymodal.eval.tasks import scenes, sounds
-from tinymodal.eval.transcripts import count_errors
 from tinymodal.infer.engine import Engine, Sampling
 
 pytest.importorskip("sklearn")

@@ -30,11 +30,11 @@ from tinymodal.core.config import load as load_recipe
 from tinymodal.core.errors import RecipeError
 from tinymodal.core.log import program, say
 from tinymodal.core.types import Image, Sample, Text
-from tinymodal.eval import report as pages
-from tinymodal.eval.answers import exact
-from tinymodal.eval.curves import curves
-from tinymodal.eval.playable import playable, sounds_of
+from tinymodal.eval.pages import report as pages
+from tinymodal.eval.pages.curves import curves
+from tinymodal.eval.pages.playable import playable, sounds_of
 from tinymodal.eval.results import Answered, Result
+from tinymodal.eval.rules.answers import exact
 from tinymodal.eval.run import run, write_atomically
 from tinymodal.eval.speaking import aloud
 from tinymodal.eval.tasks import scenes, sounds
@@ -532,7 +532,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _cards(result: Result, note: str = "", said: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """The first question of each kind, as :class:`tinymodal.eval.report.Card` with its files in base64.
+    """The first question of each kind, as :class:`tinymodal.eval.pages.report.Card` with its files in base64.
 
     Args:
         result: what was answered.

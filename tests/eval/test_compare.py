@@ -12,8 +12,8 @@ import pytest
 from tinymodal.core.errors import CheckpointError, DataError, RecipeError
 from tinymodal.eval import compare as comparing
 from tinymodal.eval.compare import MAX_POINTS, compare, differences, finals, line, names, read
-from tinymodal.eval.compare_page import KNOWN, SECTIONS
-from tinymodal.eval.compare_script import SCRIPT
+from tinymodal.eval.pages.runs import KNOWN, SECTIONS
+from tinymodal.eval.pages.runs_script import SCRIPT
 
 RECIPE = """name = "tiny"
 seed = 0

@@ -12,6 +12,9 @@ from tinymodal.core.errors import DataError
 from tinymodal.core.types import Audio
 from tinymodal.eval.folder import digest
 from tinymodal.eval.names import benchmark
+from tinymodal.eval.run import NO_PICTURE, _questions
+from tinymodal.eval.score import score_answers
+from tinymodal.eval.tasks.librispeech import TASK
 
 
 @pytest.fixture
@@ -41,8 +44,10 @@ def test_every_utterance_is_asked_once_and_the_rate_is_over_all(folder):
 
 def test_what_is_missing_is_named_with_its_line(folder):
     (folder / "84" / "121123" / "84-121123-0001.flac").unlink()
-    with pytest.raises(DataError, match=r"trans\.txt: line 2: no sound 84-121123-0001\.flac"):
-        list(benchmark(str(folder)).load())
+    _, problems = _questions(benchmark(str(folder)), None)
+    (named,) = problems.told()[NO_PICTURE]["named"]
+    assert named.startswith("84-121123-0001: no file ")
+    assert named.endswith("84-121123-0001.flac")
     (folder / "84" / "121123" / "84-121123.trans.txt").write_text("84-121123-0000\n")
     with pytest.raises(DataError, match="line 1: 84-121123-0000 has no words"):
         list(benchmark(str(folder)).load())
@@ -53,3 +58,20 @@ def test_another_sound_is_another_question(folder):
     assert digest(first) != digest(second)
     same = next(iter(benchmark(str(folder)).load()))
     assert digest(first) == digest(same)
+
+
+def test_transcripts_that_were_made_elsewhere_are_scored_without_sounds(folder, tmp_path):
+    for sound in folder.rglob("*.flac"):
+        sound.unlink()
+    answers = tmp_path / "said.txt"
+    answers.write_text("84-121123-0001 2 dogs\n84-121123-0000 go on.\n84-121123-0009 what?\n")
+    result = score_answers(TASK, answers, tmp_path / "out", data=folder)
+    assert result.metrics["wer"] == pytest.approx(2 / 5)
+    assert not result.summary()["complete"]
+    assert list(result.problems.told()) == ["answers to no question"]
+    rows = tmp_path / "said.jsonl"
+    rows.write_text(
+        '{"id": "84-121123-0000", "text": "go on"}\n{"id": "84-121123-0001", "text": "two red cats"}\n'
+    )
+    result = score_answers(TASK, rows, tmp_path / "out", data=folder)
+    assert (result.metrics["wer"], result.summary()["complete"]) == (0, True)

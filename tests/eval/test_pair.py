@@ -18,15 +18,14 @@ from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval import pair as pairing
 from tinymodal.eval.benchmark import Benchmark, Question, Score
 from tinymodal.eval.intervals import difference
+from tinymodal.eval.pages.pair import samples_of, write_pair_page
 from tinymodal.eval.pair import (
     compare,
     compare_folders,
     notes,
     pair_tables,
-    samples_of,
     sentence,
     sign_test,
-    write_pair_page,
 )
 from tinymodal.eval.results import Answered, Result
 

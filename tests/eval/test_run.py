@@ -12,12 +12,12 @@ import pytest
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import DataError, RecipeError, TinyModalError
 from tinymodal.core.types import Audio, Image, Message, Sample, Text
-from tinymodal.eval.answers import exact
 from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category
 from tinymodal.eval.folder import LOCK, digest, fingerprint
 from tinymodal.eval.names import benchmark, benchmarks
 from tinymodal.eval.results import tables
-from tinymodal.eval.run import evaluate, run
+from tinymodal.eval.rules.answers import exact
+from tinymodal.eval.run import NO_PICTURE, UNREADABLE, evaluate, run
 from tinymodal.infer.engine import Engine, Reply
 
 
@@ -408,7 +408,7 @@ def test_every_file_is_utf8_whatever_the_locale(model, tmp_path, monkeypatch):
 def test_a_benchmark_of_your_own_is_named_by_file_and_name(tmp_path):
     path = tmp_path / "my_bench.py"
     path.write_text(
-        "from tinymodal.eval.answers import exact\n"
+        "from tinymodal.eval.rules.answers import exact\n"
         "from tinymodal.eval.benchmark import Benchmark\n"
         "BENCHMARK = Benchmark(name='mine', load=list, score=exact, source='here')\n"
         "OTHER = 3\n"
@@ -431,3 +431,45 @@ def test_a_bad_row_of_your_own_is_named_by_file_and_row(model, tmp_path):
     path.write_text('{"image": "gone.png", "question": "what", "answer": "x"}\n')
     with pytest.raises(DataError, match=r"mine\.jsonl:1: .*gone\.png"):
         evaluate(model, [str(path)], folder=tmp_path)
+
+
+def test_questions_that_cannot_be_asked_are_named_and_counted_and_the_others_are_asked(model, tmp_path):
+    """A picture that is not there, one that is broken, a question longer than the model reads."""
+    PIL.Image.new("RGB", (24, 24), "red").save(tmp_path / "red.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:60])
+    rows = [{"image": "red.png", "question": f"which {n}?", "answer": "x"} for n in range(5)]
+    rows[1]["image"], rows[3]["image"] = "gone.png", "broken.png"
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = replace(benchmark(str(path)), max_new_tokens=2)
+    told = run(few, Engine(model), tmp_path / "out").summary()
+    assert (told["n"], told["complete"]) == (3, False)
+    assert {kind: one["count"] for kind, one in told["problems"].items()} == {NO_PICTURE: 1, UNREADABLE: 1}
+    assert "gone.png" in told["problems"][NO_PICTURE]["named"][0]
+    assert "broken.png" in told["problems"][UNREADABLE]["named"][0]
+    replies = (tmp_path / "out" / "asked.replies.jsonl").read_text().splitlines()
+    assert [json.loads(text)["prompt"].count("which") for text in replies] == [1, 1, 1]
+    # Mended, the two are asked and the score is whole.
+    for name in ("gone", "broken"):
+        PIL.Image.new("RGB", (24, 24), "blue").save(tmp_path / f"{name}.png")
+    whole = run(few, Engine(model), tmp_path / "out").summary()
+    assert (whole["n"], whole["complete"], whole["problems"]) == (5, True, {})
+
+
+def test_where_no_question_can_be_asked_the_run_is_refused(model, tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"image": "gone.png", "question": "which?", "answer": "x"}\n')
+    with pytest.raises(DataError, match=r"no question has its picture; .*gone\.png"):
+        run(benchmark(str(path)), Engine(model), tmp_path / "out")
+
+
+def test_results_tell_how_they_were_made(model, tmp_path):
+    told = run(colours(max_new_tokens=2), Engine(model), tmp_path, limit=3).summary()
+    protocol = told["protocol"]
+    assert (protocol["decoding"], protocol["precision"], protocol["source"]) == ("greedy", "float32", "here")
+    assert protocol["checkpoint"] == fingerprint(Engine(model))
+    assert "what" in protocol["prompt"]
+    assert {"torch", "python"} <= set(protocol["versions"])
+    assert protocol["image"]["preparation"]
+    # Only a part was asked: such a number is no result of the benchmark.
+    assert (told["n"], told["limit"], told["complete"]) == (3, 3, False)

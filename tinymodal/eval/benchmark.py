@@ -212,6 +212,9 @@ class Benchmark:
     """Reads a file of answers made elsewhere; None: ``eval/given.py`` does, by the questions' ids."""
     unanswered: Literal["left out", "wrong"] = "left out"
     """What the official scorer makes of a question without an answer; the score is incomplete in any case."""
+    submit: Callable[[Mapping[str, str], Path, Problems], None] | None = None
+    """Writes the file that the benchmark's test server takes: replies by question id, where to, and where
+    questions without a reply are noted."""
     problems: Problems = field(default_factory=Problems, compare=False)
     """What was wrong with its files when they were read."""
     judge: Judging | None = None

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tinymodal.core.errors import CheckpointError, DataError, RecipeError
-from tinymodal.eval.compare_page import Grid, Line, page
 from tinymodal.eval.during import EVALS
+from tinymodal.eval.pages.runs import Grid, Line, page
 
 MAX_POINTS = 800
 """Of a curve: more than a screen shows. Beyond it, each point is the mean of as many steps as need be."""

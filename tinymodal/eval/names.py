@@ -15,6 +15,9 @@ from tinymodal.eval.tasks.librispeech import from_folder, is_librispeech
 from tinymodal.eval.tasks.rows import SUFFIXES, from_file
 from tinymodal.eval.tasks.table import ON_DISK, TASKS
 
+ALIASES = {"speech_roundtrip": "speech-roundtrip"}
+"""What else a benchmark is called."""
+
 
 def benchmark(name: str, data: Path | None = None) -> Benchmark:
     """The benchmark that ``--on`` names.
@@ -28,6 +31,7 @@ def benchmark(name: str, data: Path | None = None) -> Benchmark:
         DataError: the file of rows is not there, or is called as a built-in benchmark is; one of the field
             without ``data``.
     """
+    name = ALIASES.get(name, name)
     path = Path(name)
     known = TASKS | ON_DISK
     found: object

@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.log import say
-from tinymodal.core.types import Sample
-from tinymodal.eval import page
 from tinymodal.eval.compare import names as names_of
 from tinymodal.eval.folder import RESULTS, read_rows, read_summaries, replies_path
 from tinymodal.eval.intervals import Interval, difference
-from tinymodal.eval.page_style import Key, browser, table, tile, told, write_document
-from tinymodal.eval.results import Result, cell, flat
+from tinymodal.eval.pages import answers as page
+from tinymodal.eval.results import cell, flat
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -304,10 +302,10 @@ def _short(text: str) -> str:
 def sentence(pair: Pair) -> str:
     """Who is better, by how much, and how surely."""
     gap, (first, second) = pair.whole, pair.models
-    span = f" (95 % interval {_span(gap.interval_95)})" if gap.interval_95 else ""
+    span = f" (95 % interval {span_of(gap.interval_95)})" if gap.interval_95 else ""
     if gap.first_better == gap.second_better == 0:
         return f"{first} and {second} score the same on every question."
-    by = f"{_points(gap.difference)} points{span}, {_p(gap.p_value)}"
+    by = f"{in_points(gap.difference)} points{span}, {p_value(gap.p_value)}"
     if gap.p_value >= SURE or not gap.interval_95 or gap.interval_95[0] <= 0 <= gap.interval_95[1]:
         return f"No sure difference: {second} less {first} is {by}."
     return f"{second if gap.difference > 0 else first} is better: {second} less {first} is {by}."
@@ -355,26 +353,26 @@ def _terminal(pair: Pair) -> Table:
     for name in (first, second, "difference", "95 % interval", "p", "questions"):
         table.add_column(Text(name), justify="right")
     for kind, gap in pair.kinds.items():
-        table.add_row(Text(kind or "other"), *_cells(gap))
+        table.add_row(Text(kind or "other"), *cells_of(gap))
     table.add_section()
-    table.add_row("mean score", *_cells(pair.whole), style="bold")
-    if official := _official(pair):
+    table.add_row("mean score", *cells_of(pair.whole), style="bold")
+    if official := headlines_of(pair):
         table.add_row(*map(Text, official), style="dim")
     return table
 
 
-def _cells(gap: Gap) -> list[str]:
+def cells_of(gap: Gap) -> list[str]:
     return [
         f"{100 * gap.first:.1f}",
         f"{100 * gap.second:.1f}",
-        _points(gap.difference),
-        _span(gap.interval_95),
-        _p(gap.p_value).removeprefix("p ").removeprefix("= "),
+        in_points(gap.difference),
+        span_of(gap.interval_95),
+        p_value(gap.p_value).removeprefix("p ").removeprefix("= "),
         f"{gap.n:,}",
     ]
 
 
-def _official(pair: Pair) -> tuple[str, str, str] | None:
+def headlines_of(pair: Pair) -> tuple[str, str, str] | None:
     """The benchmarks' own number of each as their results have it, over all that each was asked."""
     found = [flat(told_of["metrics"]) for told_of in pair.told if told_of]
     path = str(pair.told[0].get("headline", ""))
@@ -383,115 +381,13 @@ def _official(pair: Pair) -> tuple[str, str, str] | None:
     return f"{pair.told[0]['metric']} ({path})", cell(found[0][path], True), cell(found[1][path], True)
 
 
-def _points(value: float) -> str:
+def in_points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def _span(interval: Interval | None) -> str:
-    return f"{_points(interval[0])} to {_points(interval[1])}" if interval else "–"
+def span_of(interval: Interval | None) -> str:
+    return f"{in_points(interval[0])} to {in_points(interval[1])}" if interval else "–"
 
 
-def _p(value: float) -> str:
+def p_value(value: float) -> str:
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
-
-
-def samples_of(results: Iterable[Result]) -> dict[str, dict[str, Sample]]:
-    """Benchmark -> id -> question, for the pictures of :func:`write_pair_page`."""
-    return {
-        result.benchmark.name: {row.question.sample.id: row.question.sample for row in result.answered}
-        for result in results
-    }
-
-
-def write_pair_page(
-    path: Path,
-    pairs: Sequence[Pair],
-    samples: Mapping[str, Mapping[str, Sample]] | None = None,
-    *,
-    cards: int = page.NUM_CARDS,
-    seed: int = 0,
-) -> Path:
-    """Write a page with the numbers of ``pairs`` and the questions on which the two differ.
-
-    Args:
-        path: the file.
-        pairs: as :func:`compare_folders` gives them.
-        samples: benchmark -> id -> question, to show its pictures; without, only its words are shown.
-        cards: questions shown of each benchmark, at most.
-        seed: of the draw.
-
-    Raises:
-        DataError: ``path`` is a folder.
-    """
-    title = " and ".join(pairs[0].models) if pairs else "nothing compared"
-    parts = [f"<header><h1>{told(f'TinyModal: {title}')}</h1></header>"]
-    rooms = page.Rooms(len(pairs), page.MAX_BYTES)
-    for pair in pairs:
-        shown = _cards(pair, (samples or {}).get(pair.name, {}), cards, seed, rooms)
-        parts.append(f"<section>{_head(pair)}{shown}</section>")
-    return write_document(path, f"TinyModal: {title}", "\n".join(parts))
-
-
-def _head(pair: Pair) -> str:
-    gap, (first, second) = pair.whole, pair.models
-    tiles = [
-        tile(first, f"{100 * gap.first:.1f} %", "mean score"),
-        tile(second, f"{100 * gap.second:.1f} %", "mean score"),
-        tile("difference, in points", _points(gap.difference), f"95 % interval {_span(gap.interval_95)}"),
-        tile("questions", f"{gap.n:,}", f"answered by both; sign test {_p(gap.p_value)}"),
-    ]
-    groups = [*pair.kinds.items(), ("all questions", gap)]
-    reach = max((abs(end) for _, each in groups for end in each.interval_95 or ()), default=0) or 1
-    rows = [_row_of(kind or "other", each, reach, each is gap) for kind, each in groups]
-    if official := _official(pair):
-        name, *values = map(told, official)
-        cells = "".join(f"<td>{value}</td>" for value in values)
-        rows.append(f'<tr class="muted"><th scope="row">{name}</th>{cells}<td colspan="4"></td></tr>')
-    heads = ("", first, second, "difference", "around zero", "p", "questions")
-    lines = "".join(f"<li>{told(line)}</li>" for line in notes(pair))
-    said = f'<p class="verdict">{told(sentence(pair))}</p><ul class="notes">{lines}</ul>'
-    return f'<h2>{told(pair.name)}</h2>{said}<div class="tiles">{"".join(tiles)}</div>{table(heads, rows)}'
-
-
-def _row_of(name: str, gap: Gap, reach: float, whole: bool) -> str:
-    """A line of numbers, with the difference and its interval drawn around zero."""
-    a, b, points, span, p, n = _cells(gap)
-    drawn = ""
-    if gap.interval_95:
-        low, at, high = (
-            50 + 48 * value / reach for value in (gap.interval_95[0], gap.difference, gap.interval_95[1])
-        )
-        drawn = (
-            f'<span class="span" role="img" aria-label="95 % interval {span}"><u></u>'
-            f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{at:.1f}%"></b></span>'
-        )
-    cells = "".join(
-        f"<td>{cell}</td>" for cell in (f"{a} %", f"{b} %", f'{points}<div class="muted">{span}</div>')
-    )
-    return (
-        f'<tr class="{"total" if whole else ""}"><th scope="row">{told(name, 200)}</th>{cells}'
-        f'<td class="bars">{drawn}</td><td>{p}</td><td>{n}</td></tr>'
-    )
-
-
-def _cards(pair: Pair, samples: Mapping[str, Sample], num: int, seed: int, rooms: page.Rooms) -> str:
-    differ = [(x, y) for x, y in pair.rows if x.score != y.score]
-    keys = [Key(x.id, int(x.score < y.score), x.kind) for x, y in differ]
-
-    def card(place: int) -> str:
-        first = differ[place][0]
-        sample = samples.get(first.id)
-        seen = page.media(sample) if sample else ""
-        words = page.question_text(sample) if sample else first.prompt
-        lines = "".join(
-            f'<p class="by">{told(name, 200)}</p>{page.reply_line(row.reply, row.score, row.parsed)}'
-            for name, row in zip(pair.models, differ[place], strict=True)
-        )
-        truth = page.labelled("right answer", first.answer)
-        return f'{seen}<div class="told">{page.asked(first.id, first.kind, words)}{lines}{truth}</div>'
-
-    if not differ:
-        return ""
-    names = [f"{name} better" for name in pair.models]
-    shown = rooms.fill(page.choose(keys, num, seed), card)
-    return browser(keys, names, shown, pair.name, "questions with different scores")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Audio, Message, Sample, Text
 from tinymodal.eval.benchmark import Aloud, Benchmark, Listener, Question, Score
-from tinymodal.eval.transcripts import normaliser, rates, understood
+from tinymodal.eval.rules.transcripts import normaliser, rates, understood
 
 if TYPE_CHECKING:
     from torch import Tensor

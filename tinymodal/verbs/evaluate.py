@@ -223,7 +223,7 @@ def show(results: Sequence[Result], folder: Path, title: str) -> None:
     """The tables, what is incomplete, and the page to look at."""
     from rich.console import Console
 
-    from tinymodal.eval.page import write_page
+    from tinymodal.eval.pages.answers import write_page
     from tinymodal.eval.results import problem_lines, tables
 
     console = Console()
@@ -255,7 +255,8 @@ def show_difference(folders: Sequence[Path], results: Sequence[Result]) -> None:
     """Two models on the same questions; ``results`` are those of the second."""
     from rich.console import Console
 
-    from tinymodal.eval.pair import compare_folders, pair_tables, samples_of, write_pair_page
+    from tinymodal.eval.pages.pair import samples_of, write_pair_page
+    from tinymodal.eval.pair import compare_folders, pair_tables
 
     pairs = compare_folders(folders[0], folders[1], [result.benchmark.name for result in results])
     for table in pair_tables(pairs):

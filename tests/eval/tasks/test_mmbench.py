@@ -13,8 +13,8 @@ import pytest
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image
 from tinymodal.eval.benchmark import Problems
-from tinymodal.eval.choices import DIRECTLY, DIRECTLY_CHINESE
 from tinymodal.eval.files import read_rows
+from tinymodal.eval.rules.choices import DIRECTLY, DIRECTLY_CHINESE
 from tinymodal.eval.score import score_answers
 from tinymodal.eval.tasks import mmbench
 

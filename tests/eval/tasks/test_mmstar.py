@@ -8,7 +8,7 @@ import pytest
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image
 from tinymodal.eval.benchmark import Problems
-from tinymodal.eval.choices import DIRECTLY, write_xlsx
+from tinymodal.eval.rules.choices import DIRECTLY, write_xlsx
 from tinymodal.eval.score import score_answers
 from tinymodal.eval.tasks import mmstar
 

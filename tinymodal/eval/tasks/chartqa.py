@@ -18,7 +18,7 @@ import numpy as np
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need
 from tinymodal.eval.given import IDS, first_of
-from tinymodal.eval.vqa import (
+from tinymodal.eval.rules.vqa import (
     RELAXED_SOURCE,
     SHORT,
     UNSCORED,

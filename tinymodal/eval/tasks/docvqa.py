@@ -15,7 +15,7 @@ from pathlib import Path
 from tinymodal.eval.benchmark import Benchmark, File, Metrics, OnDisk, Problems, Question, Score
 from tinymodal.eval.files import need
 from tinymodal.eval.intervals import mean_sums
-from tinymodal.eval.vqa import (
+from tinymodal.eval.rules.vqa import (
     ANLS_SOURCE,
     MAX_NEW_TOKENS,
     SHORT,

@@ -15,9 +15,12 @@ from pathlib import Path
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Audio, Message, Sample, Text
-from tinymodal.eval.benchmark import Benchmark, Question
-from tinymodal.eval.transcripts import error_rates, transcript
+from tinymodal.eval.benchmark import Benchmark, File, Given, OnDisk, Problems, Question
+from tinymodal.eval.files import read_text
+from tinymodal.eval.given import plain_answers
+from tinymodal.eval.rules.transcripts import error_rates, transcript
 
+ORIGIN = "https://www.openslr.org/12"
 PROMPT = "Transcribe the speech."
 SOUNDS = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 MAX_NEW_TOKENS = 256
@@ -29,10 +32,13 @@ def is_librispeech(folder: Path) -> bool:
     return folder.is_dir() and next(folder.rglob("*.trans.txt"), None) is not None
 
 
-def from_folder(folder: Path, prompt: str = PROMPT) -> Benchmark:
+def from_folder(
+    folder: Path, prompt: str = PROMPT, name: str = "", problems: Problems | None = None
+) -> Benchmark:
     """The benchmark over one folder, such as ``LibriSpeech/test-clean``, named after it."""
+    problems = Problems() if problems is None else problems
     return Benchmark(
-        name=folder.name,
+        name=name or folder.name,
         load=lambda: _questions(folder, prompt),
         score=transcript,
         reduce=error_rates,
@@ -40,6 +46,8 @@ def from_folder(folder: Path, prompt: str = PROMPT) -> Benchmark:
         metric="word error rate",
         headline="wer",
         lower_is_better=True,
+        answers=lambda path: _answers(path, problems),
+        problems=problems,
         source=f"{folder}; Whisper's normaliser and jiwer, https://github.com/openai/whisper",
     )
 
@@ -52,11 +60,37 @@ def _questions(folder: Path, prompt: str) -> Iterator[Question]:
                 continue
             if not words.strip():
                 raise DataError(f"{file}: line {number}: {name} has no words; expected its transcript")
-            sound = next((at for end in SOUNDS if (at := file.with_name(name + end)).is_file()), None)
-            if sound is None:
-                raise DataError(
-                    f"{file}: line {number}: no sound {name}{SOUNDS[0]} beside it; expected one of "
-                    f"{', '.join(SOUNDS)}"
-                )
+            # Where none is there, the run says so; transcripts that were made elsewhere need none.
+            ends = (file.with_name(name + end) for end in SOUNDS)
+            sound = next((at for at in ends if at.is_file()), file.with_name(name + SOUNDS[0]))
             asked = Message("user", (Audio(sound), Text(prompt)))
-            yield Question(Sample((asked,), f"{file.name}: {name}"), words, {"reference": words})
+            yield Question(Sample((asked,), name), words, {"reference": words})
+
+
+def _answers(path: Path, problems: Problems) -> Iterator[Given]:
+    """Transcripts of utterances: ``ID WORDS`` a line, as those of the right ones, or rows with an id."""
+    if path.suffix != ".txt":
+        yield from plain_answers(path, problems)
+        return
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        name, _, words = line.strip().partition(" ")
+        if name:
+            yield Given(name, words, f"{path.name}: line {number}")
+
+
+TASK = OnDisk(
+    name="librispeech",
+    title="transcripts of read speech, by their word error rate",
+    source="https://github.com/openai/whisper/blob/v20231117/notebooks/LibriSpeech.ipynb",
+    files=(
+        File(("*.trans.txt",), "an utterance's id and its words, a line each", ORIGIN),
+        File(
+            tuple(f"*{end}" for end in SOUNDS),
+            "the utterances, beside the transcripts",
+            ORIGIN,
+            optional=True,
+        ),
+    ),
+    open=lambda folder, problems: from_folder(folder, name="librispeech", problems=problems),
+    folders=("LibriSpeech",),
+)

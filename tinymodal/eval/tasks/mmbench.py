@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from tinymodal.core.types import Image, Message, Sample, Text
-from tinymodal.eval import choices
 from tinymodal.eval.benchmark import (
     Benchmark,
     File,
@@ -38,9 +37,11 @@ from tinymodal.eval.benchmark import (
     Score,
     Sums,
 )
-from tinymodal.eval.choices import is_nothing, matched_letter
 from tinymodal.eval.files import need, read_rows, text_of
+from tinymodal.eval.given import MISSING
 from tinymodal.eval.intervals import mean_sums
+from tinymodal.eval.rules import choices
+from tinymodal.eval.rules.choices import is_nothing, matched_letter
 
 SOURCE = "https://github.com/open-compass/VLMEvalKit/blob/674affd92d715a81af5811127cbc73b57ec4fafa/vlmeval/evaluate/multiple_choice.py"
 ORIGIN = "https://github.com/open-compass/MMBench"
@@ -108,7 +109,15 @@ def open_folder(folder: Path, problems: Problems, *, name: str, file: File, turn
             else:
                 yield Given(at, said.text, said.where)
 
+    def submit(texts: Mapping[str, str], path: Path, noted: Problems) -> None:
+        asked = list(load())
+        for question in asked:
+            if question.sample.id not in texts:
+                noted.add(MISSING, question.sample.id)
+        submission(asked, texts, path)
+
     return Benchmark(
+        submit=submit,
         name=name,
         load=load,
         score=score,

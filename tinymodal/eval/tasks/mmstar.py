@@ -16,7 +16,9 @@ from pathlib import Path
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
-from tinymodal.eval.choices import (
+from tinymodal.eval.files import need, read_rows, text_of
+from tinymodal.eval.intervals import mean_sums
+from tinymodal.eval.rules.choices import (
     DIRECTLY,
     id_of,
     leading_letter,
@@ -26,8 +28,6 @@ from tinymodal.eval.choices import (
     picture,
     said_rows,
 )
-from tinymodal.eval.files import need, read_rows, text_of
-from tinymodal.eval.intervals import mean_sums
 
 SOURCE = "https://github.com/MMStar-Benchmark/MMStar/blob/79e6d1cbab00576162fc8c878a4ad584f98b4868/eval/vlmeval/evaluate/mmstar.py"
 QUESTIONS = File(

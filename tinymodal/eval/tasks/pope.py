@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from tinymodal.core.types import Image, Message, Sample, Text
-from tinymodal.eval.answers import yes_no
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need, read_jsonl
 from tinymodal.eval.given import TEXTS, answer_rows, first_of
+from tinymodal.eval.rules.answers import yes_no
 
 SOURCE = "https://github.com/AoiDragon/POPE/blob/f3ec604337f1d1c9723ef8d01b4accacf8badb3d/evaluate.py"
 ORIGIN = "https://github.com/AoiDragon/POPE/tree/main/output/coco"

@@ -9,7 +9,7 @@ a picture to: its training data has them so (https://github.com/haotian-liu/LLaV
 the mean of ``acc`` over the splits.
 
 Asked in the words of LLaVA-1.5's training data; MiniGPT-v2's are "[refer] give me the location of ...". How
-boxes are read from replies is told in ``eval/boxes.py``.
+boxes are read from replies is told in ``eval/rules/boxes.py``.
 
 Questions come in MiniGPT-v2's layout, ``refcoco_testA.json`` with rows of img_id, sents, bbox (x, y, width,
 height in pixels), height and width; or from the Hub's lmms-lab/RefCOCO, RefCOCOplus and RefCOCOg
@@ -29,9 +29,9 @@ import numpy as np
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.boxes import Box, iou, read_box
 from tinymodal.eval.files import find_file, need, read_rows, text_of
 from tinymodal.eval.given import answer_rows, first_of
+from tinymodal.eval.rules.boxes import Box, iou, read_box
 
 REPOSITORY = "https://github.com/Vision-CAIR/MiniGPT-4/blob/45c07e56034412d4d26fcdd382e51434a7ae4ad3"
 SOURCE = f"{REPOSITORY}/eval_scripts/eval_ref.py"

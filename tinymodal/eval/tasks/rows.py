@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Text
-from tinymodal.eval.answers import exact
 from tinymodal.eval.benchmark import MEAN, Benchmark, Question, Score, by_category, mean
+from tinymodal.eval.rules.answers import exact
 
 MAX_NEW_TOKENS = 64
 SUFFIXES = (".json", ".jsonl", ".parquet")

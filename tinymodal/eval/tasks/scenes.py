@@ -18,8 +18,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from tinymodal.core.types import Image, Message, Part, Sample
-from tinymodal.eval.answers import exact
 from tinymodal.eval.benchmark import Benchmark, Question, best_constants, by_category
+from tinymodal.eval.rules.answers import exact
 
 SOURCE = "tinymodal/data/synthetic.py; exact match of the normalised answer, mean of the kinds"
 PER_KIND = 120

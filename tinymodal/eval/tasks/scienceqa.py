@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from tinymodal.core.types import Image, Message, Part, Sample, Text
-from tinymodal.eval.answers import LETTERS, option_letter
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need, read_json, read_rows, text_of
 from tinymodal.eval.given import plain_answers
+from tinymodal.eval.rules.answers import LETTERS, option_letter
 
 SOURCE = "https://github.com/haotian-liu/LLaVA/blob/v1.2.2/llava/eval/eval_science_qa.py"
 ORIGIN = "https://github.com/lupantech/ScienceQA/tree/main/data/scienceqa"

@@ -20,10 +20,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tinymodal.core.types import Audio, Message, Part, Sample
-from tinymodal.eval.answers import exact
 from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category
+from tinymodal.eval.rules.answers import exact
+from tinymodal.eval.rules.transcripts import rates, understood
 from tinymodal.eval.tasks import scenes
-from tinymodal.eval.transcripts import rates, understood
 
 if TYPE_CHECKING:
     from tinymodal.data.sounds import How

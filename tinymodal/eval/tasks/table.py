@@ -8,6 +8,7 @@ from tinymodal.eval.tasks import (
     chartqa,
     docvqa,
     gqa,
+    librispeech,
     llava_bench,
     mmbench,
     mme,
@@ -40,7 +41,7 @@ ON_DISK: dict[str, OnDisk] = {
     for task in (
         vqav2.TASK, gqa.TASK, vizwiz.TASK, textvqa.TASK, textvqa.TASK_OCR, scienceqa.TASK, pope.TASK,
         mme.TASK, *mmbench.TASKS, seedbench.TASK, mmstar.TASK, mmmu.TASK, mmvet.TASK, llava_bench.TASK,
-        textcaps.TASK, *refcoco.TASKS, docvqa.TASK, chartqa.TASK,
+        textcaps.TASK, *refcoco.TASKS, docvqa.TASK, chartqa.TASK, librispeech.TASK,
     )
 }  # fmt: skip
 """Those of the field: the user has their files, see ``tinymodal eval --where``."""

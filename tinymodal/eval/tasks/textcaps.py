@@ -3,8 +3,8 @@
 3,166 pictures of the validation set (Sidorov et al., ECCV 2020, arXiv:2003.12462). CIDEr and BLEU-1 to BLEU-4
 have the names and units of the official scorer, pycocoevalcap; papers print them times 100. As there, only
 pictures with a caption count, and CIDEr weighs words by how many of these pictures' references have them. How
-captions become words, and how far that is from the official Java, is told in ``eval/captions.py``. The value
-of a single caption is a tenth of its CIDEr among all pictures of the folder.
+captions become words, and how far that is from the official Java, is told in ``eval/rules/captions.py``. The
+value of a single caption is a tenth of its CIDEr among all pictures of the folder.
 
 Asked in the words of LLaVA-1.5's training data. Questions come from ``TextCaps_0.1_val.json``, which has a
 row for each reference and all of a picture's in each row, or from the Hub's lmms-lab/TextCaps
@@ -23,9 +23,9 @@ import numpy as np
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.captions import TOP, Cider, bleu, words
 from tinymodal.eval.files import need, read_json, read_rows, text_of
 from tinymodal.eval.given import answer_rows, first_of
+from tinymodal.eval.rules.captions import TOP, Cider, bleu, words
 
 SOURCE = "https://pypi.org/project/pycocoevalcap/1.2/"
 ORIGIN = "https://textvqa.org/textcaps/dataset"

@@ -16,7 +16,7 @@ from typing import Any
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
 from tinymodal.eval.files import need, read_jsonl
 from tinymodal.eval.given import IDS, first_of
-from tinymodal.eval.vqa import (
+from tinymodal.eval.rules.vqa import (
     M4C_SOURCE,
     MAX_NEW_TOKENS,
     SHORT,

@@ -16,7 +16,7 @@ from typing import Any
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need
 from tinymodal.eval.given import IDS, first_of
-from tinymodal.eval.vqa import (
+from tinymodal.eval.rules.vqa import (
     MAX_NEW_TOKENS,
     SHORT,
     UNSCORED,
@@ -97,7 +97,11 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
 
         return read_answers(path, problems, name)
 
+    def submit(texts: Mapping[str, str], path: Path, noted: Problems) -> None:
+        path.write_text(submission(load(), texts, noted), encoding="utf-8")
+
     return Benchmark(
+        submit=submit,
         name="vizwiz",
         load=load,
         score=score_vqa,

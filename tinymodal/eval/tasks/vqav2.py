@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tinymodal.eval.benchmark import Benchmark, File, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need
-from tinymodal.eval.vqa import (
+from tinymodal.eval.rules.vqa import (
     MAX_NEW_TOKENS,
     SHORT,
     UNSCORED,
@@ -79,7 +79,11 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
             problems.add(UNSCORED, question.sample.id)
             yield question
 
+    def submit(texts: Mapping[str, str], path: Path, noted: Problems) -> None:
+        path.write_text(submission(to_submit(folder, noted), texts, noted), encoding="utf-8")
+
     return Benchmark(
+        submit=submit,
         name="vqav2",
         load=load,
         score=score_vqa,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tinymodal.eval.curves import Curve, panels
-from tinymodal.eval.report_style import STYLE
+from tinymodal.eval.pages.curves import Curve, panels
+from tinymodal.eval.pages.report_style import STYLE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -150,7 +150,7 @@ def page(
 
     Args:
         report: as ``tinymodal demo`` writes it to ``report.json``; parts that are missing are left out.
-        lines: the curves, see :func:`tinymodal.eval.curves.curves`.
+        lines: the curves, see :func:`tinymodal.eval.pages.curves.curves`.
         gallery: questions with pictures.
         command: what to type next.
     """

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Audio, Image, Message, Sample, Text
-from tinymodal.eval import page as pages
-from tinymodal.eval.answers import exact
 from tinymodal.eval.benchmark import Benchmark, Problems, Question, Score, by_category
 from tinymodal.eval.intervals import mean_sums
-from tinymodal.eval.page import Rooms, choose, write_page
-from tinymodal.eval.page_style import SCRIPT, Key, told
+from tinymodal.eval.pages import answers as pages
+from tinymodal.eval.pages.answers import Rooms, choose, write_page
+from tinymodal.eval.pages.style import SCRIPT, Key, told
 from tinymodal.eval.results import Answered, Result
+from tinymodal.eval.rules.answers import exact
 
 VOID = {"meta", "img", "input"}
 EVIL = (

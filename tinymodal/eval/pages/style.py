@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tinymodal.core.errors import DataError
 from tinymodal.eval.folder import write_atomically
-from tinymodal.eval.report_style import STYLE
+from tinymodal.eval.pages.report_style import STYLE
 
 MAX_CHARACTERS = 2_000
 """Of a text, shown."""
@@ -104,7 +104,7 @@ background:var(--new)}
 @media(max-width:560px){main{padding:24px 14px 40px}.controls{position:static}output{margin-left:0}}
 @media print{.controls{display:none}}
 """
-"""Behind :data:`tinymodal.eval.report_style.STYLE`."""
+"""Behind :data:`tinymodal.eval.pages.report_style.STYLE`."""
 
 
 class Key(NamedTuple):

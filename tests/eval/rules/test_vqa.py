@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinymodal.core.errors import DataError
-from tinymodal.eval import vqa
 from tinymodal.eval.benchmark import Problems
-from tinymodal.eval.vqa import (
+from tinymodal.eval.rules import vqa
+from tinymodal.eval.rules.vqa import (
     agreement,
     anls,
     edits,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Message, Sample, Text
 from tinymodal.eval.benchmark import Question, Score
-from tinymodal.eval.transcripts import count_errors, error_rates, normaliser, transcript
+from tinymodal.eval.rules.transcripts import count_errors, error_rates, normaliser, transcript
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval" / "wer"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared test data are not here")

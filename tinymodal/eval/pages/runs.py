@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
-from tinymodal.eval.compare_script import SCRIPT, STYLE
+from tinymodal.eval.pages.runs_script import SCRIPT, STYLE
 
 COLOURS = 6
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 220, 52, 10, 18, 24

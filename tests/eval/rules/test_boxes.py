@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinymodal.eval.boxes import Box, iou, read_box
+from tinymodal.eval.rules.boxes import Box, iou, read_box
 
 PART = st.integers(0, 100)
 SIDES = st.tuples(st.integers(0, 500), st.integers(0, 500), st.integers(1, 500), st.integers(1, 500))

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinymodal.core.types import Audio, Image, Message, Sample, Text
-from tinymodal.eval.curves import Curve, curves
-from tinymodal.eval.playable import MAX_S, RATE_HZ, playable, sounds_of
-from tinymodal.eval.report import Card, margin, page, terminal_sounds, terminal_table
+from tinymodal.eval.pages.curves import Curve, curves
+from tinymodal.eval.pages.playable import MAX_S, RATE_HZ, playable, sounds_of
+from tinymodal.eval.pages.report import Card, margin, page, terminal_sounds, terminal_table
 
 VOID = {"meta", "img", "link", "br", "hr", "line", "polyline"}
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
-from tinymodal.eval.answers import NUMBER_WORDS
 from tinymodal.eval.benchmark import Given, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, read_json, read_rows
 from tinymodal.eval.given import MISSING, TEXTS, answer_rows, first_of
+from tinymodal.eval.rules.answers import NUMBER_WORDS
 
 VQA_SOURCE = (
     "https://github.com/mlej8/VQA/blob/8056e52359873f5e324968473bb2630f911d33aa/"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinymodal.eval import choices
 from tinymodal.eval.benchmark import Problems
+from tinymodal.eval.rules import choices
 
 OPTIONS = {"A": "a dog", "B": "a cat", "C": "two cats", "D": "None of these"}
 WORDS = st.text(alphabet=st.characters(codec="utf-8"), max_size=60)

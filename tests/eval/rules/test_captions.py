@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinymodal.eval.captions import DROPPED, Cider, bleu, words
+from tinymodal.eval.rules.captions import DROPPED, Cider, bleu, words
 
 REFERENCES = {
     "a1": [

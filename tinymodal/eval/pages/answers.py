@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tinymodal.core.types import Audio, Image, Message, Sample, Text
-from tinymodal.eval.page_style import MISSING, Key, browser, table, tile, told, write_document
-from tinymodal.eval.report import player
+from tinymodal.eval.pages.report import player
+from tinymodal.eval.pages.style import MISSING, Key, browser, table, tile, told, write_document
 from tinymodal.eval.results import ROWS, Answered, Result, cell, flat
 
 NUM_CARDS = 200
@@ -194,7 +194,7 @@ def _picture(part: Image, place: int, of: str) -> str:
 
 
 def _sound(part: Audio, place: int, of: str) -> str:
-    from tinymodal.eval.playable import sounds_of
+    from tinymodal.eval.pages.playable import sounds_of
 
     try:
         (file,) = sounds_of(Sample((Message("user", (part,)),), of))
