@@ -17,8 +17,10 @@ from tinymodal.eval.folder import LOCK, digest, fingerprint
 from tinymodal.eval.names import benchmark, benchmarks
 from tinymodal.eval.results import tables
 from tinymodal.eval.rules.answers import exact
-from tinymodal.eval.run import NO_PICTURE, UNREADABLE, evaluate, run
+from tinymodal.eval.run import UNREADABLE, evaluate, run
 from tinymodal.infer.engine import Engine, Reply
+
+UNREAD = "questions that cannot be read"
 
 
 class Parrot:
@@ -444,8 +446,8 @@ def test_questions_that_cannot_be_asked_are_named_and_counted_and_the_others_are
     few = replace(benchmark(str(path)), max_new_tokens=2)
     told = run(few, Engine(model), tmp_path / "out").summary()
     assert (told["n"], told["complete"]) == (3, False)
-    assert {kind: one["count"] for kind, one in told["problems"].items()} == {NO_PICTURE: 1, UNREADABLE: 1}
-    assert "gone.png" in told["problems"][NO_PICTURE]["named"][0]
+    assert {kind: one["count"] for kind, one in told["problems"].items()} == {UNREAD: 1, UNREADABLE: 1}
+    assert "gone.png" in told["problems"][UNREAD]["named"][0]
     assert "broken.png" in told["problems"][UNREADABLE]["named"][0]
     replies = (tmp_path / "out" / "asked.replies.jsonl").read_text().splitlines()
     assert [json.loads(text)["prompt"].count("which") for text in replies] == [1, 1, 1]
@@ -459,8 +461,11 @@ def test_questions_that_cannot_be_asked_are_named_and_counted_and_the_others_are
 def test_where_no_question_can_be_asked_the_run_is_refused(model, tmp_path):
     path = tmp_path / "asked.jsonl"
     path.write_text('{"image": "gone.png", "question": "which?", "answer": "x"}\n')
-    with pytest.raises(DataError, match=r"no question has its picture; .*gone\.png"):
+    with pytest.raises(DataError, match=r"no questions; .*gone\.png"):
         run(benchmark(str(path)), Engine(model), tmp_path / "out")
+    gone = Question(Sample((Message("user", (Image(tmp_path / "gone.png"), Text("what"))),), "q"), "x")
+    with pytest.raises(DataError, match=r"no question has its picture; 1 questions whose .*gone\.png"):
+        run(colours(lambda: [gone]), Engine(model), tmp_path / "out")
 
 
 def test_results_tell_how_they_were_made(model, tmp_path):

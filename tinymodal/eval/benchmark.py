@@ -93,6 +93,11 @@ class Problems:
         if len(names := self.named.setdefault(kind, [])) < self.KEPT:
             names.append(what)
 
+    def clear(self) -> None:
+        """Forget all: the questions are read anew."""
+        self.counts.clear()
+        self.named.clear()
+
     def merge(self, told: Mapping[str, Any]) -> None:
         """Add what another one :meth:`told`."""
         for kind, one in told.items():

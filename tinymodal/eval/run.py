@@ -280,6 +280,7 @@ def _result(
 def _questions(benchmark: Benchmark, limit: int | None) -> tuple[list[Question], Problems]:
     """The questions that can be asked, and what is wrong with the others."""
     noted = Problems()
+    benchmark.problems.clear()
     loaded = unique(itertools.islice(benchmark.load(), limit), noted)
     noted.merge(benchmark.problems.told())
     if not loaded:

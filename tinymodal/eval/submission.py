@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinymodal.core.errors import RecipeError
 from tinymodal.eval.benchmark import Problems
+from tinymodal.eval.given import MISSING
 from tinymodal.eval.results import Result
 
 
@@ -29,5 +30,6 @@ def write_submission(results: Sequence[Result], path: Path) -> str:
     noted = Problems()
     path.parent.mkdir(parents=True, exist_ok=True)
     submit(texts, path, noted)
-    missing = f"; left empty: {noted}" if noted else ""
+    left = noted.counts.get(MISSING, 0) or result.problems.counts.get(MISSING, 0)
+    missing = f"; left empty: {left:,} {MISSING}" if left else ""
     return f"For the test server: {path}, {len(texts):,} replies{missing}"

@@ -13,7 +13,7 @@ from tinymodal.core.types import Message, Sample, Text
 from tinymodal.eval.benchmark import Question
 from tinymodal.eval.rules.answers import exact, normalise, number, option_letter, yes_no
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "eval"
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "eval"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real answers is not here")
 
 

@@ -14,7 +14,7 @@ from tinymodal.core.types import Message, Sample, Text
 from tinymodal.eval.benchmark import Question, Score
 from tinymodal.eval.rules.transcripts import count_errors, error_rates, normaliser, transcript
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval" / "wer"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "eval" / "wer"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared test data are not here")
 words = st.lists(st.sampled_from(["one", "two", "red", "cat", "sat"]), min_size=1, max_size=6).map(" ".join)
 

@@ -24,7 +24,7 @@ from tinymodal.eval.rules.vqa import (
     vqa_words,
 )
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "eval" / "vqa_normalisation" / "golden.json"
+GOLDEN = Path(__file__).parents[4] / "shared" / "data" / "eval" / "vqa_normalisation" / "golden.json"
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 nasty = st.text(st.sampled_from([*MARKS, *"aAeiİΣßs'’.0159٣ \n\t\u00a0\u2028"])) | st.text()
 

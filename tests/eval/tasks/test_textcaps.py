@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.eval.test_captions import CAPTIONS, OFFICIAL, REFERENCES
+from tests.eval.rules.test_captions import CAPTIONS, OFFICIAL, REFERENCES
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Text
 from tinymodal.eval.benchmark import Problems

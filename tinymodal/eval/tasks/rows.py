@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Text
-from tinymodal.eval.benchmark import MEAN, Benchmark, Question, Score, by_category, mean
+from tinymodal.eval.benchmark import MEAN, Benchmark, Problems, Question, Score, by_category, mean
 from tinymodal.eval.rules.answers import exact
 
 MAX_NEW_TOKENS = 64
@@ -25,11 +25,14 @@ def from_file(path: Path) -> Benchmark:
     """The benchmark over one file, named after it.
 
     Raises:
-        DataError: the file cannot be read; a row that cannot is named when it is loaded.
+        DataError: the file cannot be read. A row that cannot, or whose picture is not there, is left out,
+            named and counted, and the score is then incomplete.
     """
+    problems = Problems()
     return Benchmark(
         name=path.stem,
-        load=lambda: _questions(path),
+        load=lambda: _questions(path, problems),
+        problems=problems,
         score=exact,
         reduce=_reduce,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -37,16 +40,20 @@ def from_file(path: Path) -> Benchmark:
     )
 
 
-def _questions(path: Path) -> Iterator[Question]:
+def _questions(path: Path, problems: Problems) -> Iterator[Question]:
     from tinymodal.data.sources import open_source
 
     rows, spoken = open_source(path, "vqa"), None
     for i in range(len(rows)):
-        if rows.row(i).get("audio") is None:
-            sample = rows.sample(i)
-        else:
-            spoken = spoken or open_source(path, "spoken")
-            sample = spoken.sample(i)
+        try:
+            if rows.row(i).get("audio") is None:
+                sample = rows.sample(i)
+            else:
+                spoken = spoken or open_source(path, "spoken")
+                sample = spoken.sample(i)
+        except DataError as error:
+            problems.add("questions that cannot be read", str(error))
+            continue
         *asked, told = sample.messages
         answer = "".join(part.text for part in told.parts if isinstance(part, Text))
         kind = rows.row(i).get("kind")
