@@ -18,7 +18,7 @@ from tinymodal.cli import main, parser
 from tinymodal.compose.spec import ModelSpec, VisionSpec
 from tinymodal.core.config import load
 from tinymodal.core.lookup import find
-from tinymodal.train.recipe import Recipe, Stage
+from tinymodal.train.recipe import EvalEvery, Recipe, Stage
 
 from .test_house import FLOORS, LIGHT
 from .test_recipes import shipped, stand_in, write_my_data
@@ -72,8 +72,10 @@ def script(name: str) -> ModuleType:
 def test_every_command_of_a_page_is_one_that_exists(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for command in commands(page):
-        words = shlex.split(command.rpartition(" | ")[2])
+        words = shlex.split(command.rpartition(" | ")[2], comments=True)
         program, rest = words[0], words[1:]
+        if program == "torchrun":
+            program, rest = "tinymodal", words[words.index("tinymodal") + 1 :]
         if program.endswith("tinymodal"):
             assert parser().parse_args(rest).run, command
         elif program == "make":
@@ -96,6 +98,8 @@ def test_every_toml_block_is_a_recipe_or_a_piece_of_one(page, tmp_path):
             if "stages" in piece:
                 (tmp_path / "block.toml").write_text(text)
                 assert load(tmp_path / "block.toml", Recipe).stages
+            elif "eval_every" in piece:
+                assert EvalEvery.model_validate(piece["eval_every"]).on
             elif "model" in piece:
                 assert ModelSpec.model_validate({"language": {"path": "an/llm"}, **piece["model"]})
             elif "config" in piece or "path" in piece:
