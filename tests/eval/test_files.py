@@ -11,7 +11,16 @@ import pytest
 
 from tinymodal.core.errors import DataError
 from tinymodal.eval.benchmark import File, OnDisk, Problems
-from tinymodal.eval.files import find_file, folder_of, need, read_json, read_rows, read_text, text_of
+from tinymodal.eval.files import (
+    find_file,
+    folder_of,
+    need,
+    parts_of,
+    read_json,
+    read_rows,
+    read_text,
+    text_of,
+)
 
 ROWS = [{"id": 1, "text": "a\tb\u2028c"}, {"id": 2, "text": 'ü, "q"'}]
 
@@ -36,6 +45,35 @@ def test_the_file_nearest_to_the_top_is_found_packed_or_not(tmp_path):
     assert find_file(tmp_path, "b/q.json") == deep
     assert find_file(tmp_path, "other.json", "q.j*") == deep or find_file(tmp_path, "q.j*") == near
     assert find_file(tmp_path, "none.json") is None
+
+
+def test_all_parts_of_a_file_are_found_and_missing_ones_named(tmp_path):
+    for name in (
+        "test-00000-of-00003-ab.parquet",
+        "test-00001-of-00003-cd.parquet",
+        "dev-00000-of-00001.parquet",
+    ):
+        (tmp_path / name).touch()
+    problems = Problems()
+    parts = parts_of(tmp_path / "test-00000-of-00003-ab.parquet", problems)
+    assert [part.name[:10] for part in parts] == ["test-00000", "test-00001"]
+    assert problems.counts == {"parts of files that are missing": 1}
+    assert parts_of(tmp_path / "mmstar.parquet", problems) == [tmp_path / "mmstar.parquet"]
+
+
+def test_linked_folders_are_looked_through_and_a_circle_of_them_ends(tmp_path):
+    there = put(tmp_path / "elsewhere" / "q.json", "1")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "val2014").symlink_to(there.parent)
+    (there.parent / "up").symlink_to(tmp_path / "data")
+    assert find_file(tmp_path / "data", "q.json") == tmp_path / "data" / "val2014" / "q.json"
+    assert find_file(tmp_path / "data", "none.json") is None
+
+
+def test_a_name_with_signs_of_patterns_is_found_as_it_is(tmp_path):
+    path = put(tmp_path / "a+(1)" / "q.json.gz", "")
+    assert find_file(tmp_path, "a+(1)/q.json") == path
+    assert find_file(tmp_path, "a+1/q.json") is None
 
 
 def test_an_archive_is_found_by_the_name_of_the_file_in_it(tmp_path):
@@ -142,3 +180,21 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
 
 def test_an_empty_cell_is_empty_text():
     assert [text_of(cell) for cell in (None, float("nan"), "", 3, "x")] == ["", "", "", "3", "x"]
+
+
+def test_a_broken_parquet_is_refused_by_name(tmp_path):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(DataError, match=r"broken\.parquet: cannot be read as parquet"):
+        rows(put(tmp_path / "broken.parquet", "PAR1 no more"))
+
+
+def test_a_short_row_of_a_workbook_has_all_columns(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (("index", "prediction"), (1,), (2, "B")):
+        book.active.append(row)
+    book.save(tmp_path / "t.xlsx")
+    assert rows(tmp_path / "t.xlsx") == [
+        {"index": 1, "prediction": None},
+        {"index": 2, "prediction": "B"},
+    ]

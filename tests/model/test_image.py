@@ -17,8 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinymodal.model import image as reading
-from tinymodal.model.image import Preparation, load_image, load_pixels
+from tinymodal.model import picture_file as reading
+from tinymodal.model.image import Preparation, load_pixels
+from tinymodal.model.picture_file import load_image
 
 MEDIA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "media"
 NASTY = MEDIA / "images_nasty"

@@ -47,8 +47,8 @@ from tinymodal.data.cache import Entry, FeatureCache
 from tinymodal.data.pack import Row
 from tinymodal.data.sources import Rows, Source
 from tinymodal.model.audio_processing import Sound, TinyModalAudioProcessor
-from tinymodal.model.image import load_image
 from tinymodal.model.layout import Prepared
+from tinymodal.model.picture_file import load_image
 from tinymodal.model.processing_tinymodal import PictureLayout, TinyModalImageProcessor
 from tinymodal.model.tiles import ARITHMETIC
 

@@ -11,7 +11,10 @@ import csv
 import fnmatch
 import gzip
 import io
+import itertools
 import json
+import os
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +25,7 @@ from tinymodal.eval.benchmark import File, OnDisk, Problems
 
 Row = Mapping[str, Any]
 PACKED = (".gz", ".tar.gz", ".tgz")
+PACKED_RE = "|".join(map(re.escape, PACKED))
 TABLES = (".tsv", ".csv", ".xlsx", ".parquet")
 WIDEST_FIELD = 1 << 30
 """Characters of one field: MMBench keeps whole pictures in its tsv."""
@@ -30,23 +34,56 @@ WIDEST_FIELD = 1 << 30
 def find_file(folder: Path, *patterns: str) -> Path | None:
     """The file of the first pattern that fits any, packed or not; the one nearest to the top, by name.
 
-    Patterns are relative to ``folder`` or to any folder below it.
+    Patterns are relative to ``folder`` or to any folder below it; linked folders are followed.
     """
-    below = sorted(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), str(path))
-    )
-    names = [(path, path.relative_to(folder).as_posix()) for path in below]
+    names = sorted(_names(folder), key=lambda name: (name.count("/"), name))
     for pattern in patterns:
-        for path, name in names:
-            for end in ("", *PACKED):
-                if fnmatch.fnmatch(name, pattern + end) or fnmatch.fnmatch(name, f"*/{pattern}{end}"):
-                    return path
+        fits = re.compile(rf"(?s:.*/)?{fnmatch.translate(pattern)[:-2]}(?:{PACKED_RE})?\Z").match
+        if (name := next(filter(fits, names), None)) is not None:
+            return folder / name
         # GQA's questions come as testdev_balanced_questions.tar.gz, without the .json of the file inside.
         stem = pattern.rpartition(".")[0]
-        for path, name in names:
-            if stem and any(name.endswith(f"{stem}{end}") for end in PACKED[1:]):
-                return path
+        ends = tuple(stem + end for end in PACKED[1:])
+        if stem and (name := next((name for name in names if name.endswith(ends)), None)) is not None:
+            return folder / name
     return None
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """All files below a folder, relative to it. COCO's has 120,000: no Path is made of each."""
+    been: set[tuple[int, int]] = set()
+    left = [""]
+    while left:
+        below = left.pop()
+        try:
+            told = os.stat(folder / below)
+            if (told.st_dev, told.st_ino) in been:  # a link to a folder above it
+                continue
+            been.add((told.st_dev, told.st_ino))
+            entries = list(os.scandir(folder / below))
+        except OSError:
+            continue  # one that may not be read holds nothing for us
+        for entry in entries:
+            name = below + entry.name
+            if entry.is_dir():
+                left.append(name + "/")
+            elif entry.is_file():
+                yield name
+
+
+def parts_of(path: Path, problems: Problems) -> list[Path]:
+    """The file, or all parts of one that is published in parts: ``test-00000-of-00004.parquet``, in order.
+
+    Parts that are not there are noted.
+    """
+    part = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(.*)", path.name)
+    if part is None:
+        return [path]
+    same = re.compile(rf"{re.escape(part[1])}\d{{5}}-of-{part[2]}.*{re.escape(path.suffix)}")
+    found = sorted(other for other in path.parent.iterdir() if same.fullmatch(other.name))
+    if len(found) < int(part[2]):
+        problems.add("parts of files that are missing", f"{path}: found {len(found)} of {int(part[2])}")
+    return found
 
 
 def need(folder: Path, file: File, task: str) -> Path:
@@ -104,20 +141,24 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno}: {error.msg}; expected json") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: lists in lists beyond what can be read; expected json") from error
 
 
 def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(where, row)`` of each line; a line that holds no json object is noted and left out."""
+    name, decode = path.name, json.JSONDecoder().raw_decode
     # Not splitlines(): a text may hold one of the rarer line ends that it cuts at.
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
-        where = f"{path.name}: line {number}"
+        where = f"{name}: line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict):
+            row, end = decode(line)
+        except (json.JSONDecodeError, RecursionError):
+            row, end = None, 0
+        if isinstance(row, dict) and end == len(line):
             yield where, row
         else:
             problems.add("unreadable rows", where)
@@ -139,17 +180,18 @@ def read_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, A
         text = read_text(path)
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             # jsonl that is called json, as POPE's are.
             yield from read_jsonl(path, problems)
             return
-        if isinstance(value, dict):
+        if not isinstance(value, list):
             value = [value]
+        called = path.name
         for number, row in enumerate(value, 1):
             if isinstance(row, dict):
-                yield f"{path.name}: row {number}", row
+                yield f"{called}: row {number}", row
             else:
-                problems.add("unreadable rows", f"{path.name}: row {number}")
+                problems.add("unreadable rows", f"{called}: row {number}")
     elif kind in TABLES:
         yield from ((f"{path.name}: row {n}", row) for n, row in enumerate(_table(path, kind), 1))
     else:
@@ -166,8 +208,12 @@ def _table(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             raise DataError(
                 f"{path}: reading parquet needs pyarrow: pip install 'tinymodal[data]'"
             ) from error
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        try:
+            # Rows hold pictures: not more of them at once than need be.
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
     else:
         before = csv.field_size_limit(WIDEST_FIELD)
         try:
@@ -187,7 +233,7 @@ def _xlsx(path: Path) -> Iterator[dict[str, Any]]:
         rows = book.worksheets[0].iter_rows(values_only=True)
         head = [str(cell) if cell is not None else "" for cell in next(rows, ())]
         for row in rows:
-            yield {key: value for key, value in zip(head, row, strict=False) if key}
+            yield {key: value for key, value in itertools.zip_longest(head, row[: len(head)]) if key}
     finally:
         book.close()
 

@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,11 @@ def replies_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.replies.jsonl"
 
 
+_WRITTEN = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return _WRITTEN(row) + "\n"
 
 
 def rank_path(path: Path, rank: int | None) -> Path:
@@ -120,11 +123,12 @@ def _json_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing: a kill leaves the old file."""
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """The whole text, or its pieces, or nothing: a kill leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     os.replace(draft, path)
 
 
@@ -188,7 +192,7 @@ def digest(question: Question) -> str:
 
 def _content(part: Part) -> tuple[str, bytes]:
     """What a part is, and its bytes: those of words, of a file, of pixels or of samples."""
-    from tinymodal.model.image import load_image
+    from tinymodal.model.picture_file import load_image
 
     if isinstance(part, Text):
         return "text", part.text.encode("utf-8", "surrogatepass")

@@ -52,7 +52,10 @@ def first_of(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
     An empty cell is an empty text: a prediction that is missing must not become the next column.
     """
-    return next((text_of(row[name]) for name in names if name in row), None)
+    for name in names:
+        if name in row:
+            return text_of(row[name])
+    return None
 
 
 def plain_answers(path: Path, problems: Problems) -> Iterator[Given]:

@@ -11,7 +11,6 @@ import gc
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,13 +61,19 @@ def score_answers(
     """
     benchmark = opened(task, data) if isinstance(task, OnDisk) else task
     problems = benchmark.problems
-    with _without_collector():
+    rows_path = replies_path(out, benchmark.name)
+    with alone(out), _without_collector():
+        if any(not row["run"].startswith(MARK) for row in read_rows(rows_path)):
+            raise DataError(
+                f"{out}: holds replies of a model to {benchmark.name}, which would be lost; give another "
+                f"folder with --out"
+            )
+        told = read_summaries(out / RESULTS)
         questions = unique(benchmark.load(), problems)
         given = join(benchmark, questions, answers, problems)
-    content = answers.read_bytes() if answers.is_file() else answers.name.encode()
-    mark = f"{MARK}{zlib.crc32(content):08x}"
-    asked = [q for q in questions if q.sample.id in given or benchmark.unanswered == "wrong"]
-    with alone(out):
+        content = answers.read_bytes() if answers.is_file() else answers.name.encode()
+        mark = f"{MARK}{zlib.crc32(content):08x}"
+        asked = [q for q in questions if q.sample.id in given or benchmark.unanswered == "wrong"]
         scores = grade(benchmark, asked, given, problems, judge)
         answered = tuple(
             Answered(question, given[question.sample.id].text if question.sample.id in given else "", score)
@@ -79,15 +84,8 @@ def score_answers(
         if judge is not None and benchmark.judge is not None:
             protocol["judge"] = judge.told(benchmark.judge)
         result = Result(benchmark, answered, None, mark, problems=problems, protocol=protocol)
-        told = read_summaries(out / RESULTS)
-        if any(not row["run"].startswith(MARK) for row in read_rows(replies_path(out, benchmark.name))):
-            raise DataError(
-                f"{out}: holds replies of a model to {benchmark.name}, which would be lost; give another "
-                f"folder with --out"
-            )
         told[benchmark.name] = result.summary()
-        rows = "".join(line(_row(row, mark)) for row in answered)
-        write_atomically(replies_path(out, benchmark.name), rows)
+        write_atomically(rows_path, (line(_row(row, mark)) for row in answered))
         write_atomically(out / RESULTS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return result
 
@@ -141,7 +139,8 @@ def grade(
             f"name one behind an OpenAI-compatible endpoint with --judge."
         )
     return [
-        score and replace(score, meta=question.meta) for question, score in zip(asked, found, strict=True)
+        score and Score(score.value, score.parsed, question.meta)
+        for question, score in zip(asked, found, strict=True)
     ]
 
 

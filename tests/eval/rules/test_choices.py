@@ -122,20 +122,6 @@ def test_an_id_that_a_table_holds_as_a_fraction_is_whole():
     assert choices.id_of(None) == ""
 
 
-def test_all_parts_of_a_file_are_found_and_missing_ones_named(tmp_path):
-    for name in (
-        "test-00000-of-00003-ab.parquet",
-        "test-00001-of-00003-cd.parquet",
-        "dev-00000-of-00001.parquet",
-    ):
-        (tmp_path / name).touch()
-    problems = Problems()
-    parts = choices.parts_of(tmp_path / "test-00000-of-00003-ab.parquet", problems)
-    assert [part.name[:10] for part in parts] == ["test-00000", "test-00001"]
-    assert problems.counts == {"parts of files that are missing": 1}
-    assert choices.parts_of(tmp_path / "mmstar.parquet", problems) == [tmp_path / "mmstar.parquet"]
-
-
 def test_a_picture_is_bytes_base64_or_a_file(tmp_path):
     problems, elsewhere = Problems(), tmp_path / "1.jpg"
     encoded = base64.b64encode(b"picture").decode()

@@ -293,8 +293,8 @@ def test_rows_of_all_parts_of_a_parquet_are_read_and_a_missing_part_is_told(tmp_
     problems = Problems()
     rows = vqa.rows_of(tmp_path / "test-00000-of-00003-ab.parquet", "data", problems)
     assert [row["n"] for _, row in rows] == [0, 1, 2, 3]
-    assert problems.told()["missing parquet files"]["named"] == [
-        "test-00000-of-00003-ab.parquet: 2 are there, of 3"
+    assert problems.told()["parts of files that are missing"]["named"] == [
+        f"{tmp_path}/test-00000-of-00003-ab.parquet: found 2 of 3"
     ]
 
 

@@ -176,7 +176,7 @@ def asked(name: str, kind: str, text: str) -> str:
 
 
 def _picture(part: Image, place: int, of: str) -> str:
-    from tinymodal.model.image import load_image
+    from tinymodal.model.picture_file import load_image
 
     try:
         image = load_image(part.source).copy()  # it may be the question's own

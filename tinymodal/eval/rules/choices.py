@@ -203,18 +203,6 @@ def id_of(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else text_of(value)
 
 
-def parts_of(path: Path, problems: Problems) -> list[Path]:
-    """The file, or all parts of one that is published in parts: ``test-00000-of-00004.parquet``, in order."""
-    part = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(.*)", path.name)
-    if part is None:
-        return [path]
-    same = re.compile(rf"{re.escape(part[1])}\d{{5}}-of-{part[2]}.*{re.escape(path.suffix)}")
-    found = sorted(other for other in path.parent.iterdir() if same.fullmatch(other.name))
-    if len(found) < int(part[2]):
-        problems.add("parts of files that are missing", f"{path}: found {len(found)} of {int(part[2])}")
-    return found
-
-
 def picture(value: object, otherwise: Path, where: str, problems: Problems) -> bytes | Path:
     """The source of a picture in a table: base64, or ``{"bytes", "path"}``; else the file ``otherwise``.
 

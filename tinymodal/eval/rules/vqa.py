@@ -21,7 +21,7 @@ import numpy as np
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Given, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, read_json, read_rows
+from tinymodal.eval.files import find_file, parts_of, read_json, read_rows
 from tinymodal.eval.given import MISSING, TEXTS, answer_rows, first_of
 from tinymodal.eval.rules.answers import NUMBER_WORDS
 
@@ -258,7 +258,9 @@ def ask(name: object, picture: Path | bytes, prompt: str, answers: Sequence[str]
     if lines.count("\n") >= len(answers):
         lines = "\n".join(answer.replace("\n", " ") for answer in answers)
     first = answers[0]
-    most = first if 2 * answers.count(first) > len(answers) else max(answers, key=answers.count)
+    most = (
+        first if 2 * answers.count(first) > len(answers) else max(dict.fromkeys(answers), key=answers.count)
+    )
     return Question(sample, most, meta | {"answers": lines})
 
 
@@ -308,11 +310,7 @@ def rows_of(path: Path, key: str, problems: Problems) -> Iterator[tuple[str, dic
         DataError: it cannot be read, or holds no such list.
     """
     if path.suffix == ".parquet":
-        parts = sorted(path.parent.glob(f"{path.name.partition('-')[0]}-*.parquet")) or [path]
-        told = re.search(r"-of-(\d+)", path.name)
-        if told and len(parts) < int(told[1]):
-            problems.add("missing parquet files", f"{path.name}: {len(parts)} are there, of {int(told[1])}")
-        for part in parts:
+        for part in parts_of(path, problems):
             yield from read_rows(part, problems)
         return
     if ".jsonl" in path.name:
@@ -322,8 +320,9 @@ def rows_of(path: Path, key: str, problems: Problems) -> Iterator[tuple[str, dic
     rows = value.get(key) if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of rows, or an object with a list called {key!r}")
+    name = path.name
     for number, row in enumerate(rows, 1):
-        where = f"{path.name}: row {number}"
+        where = f"{name}: row {number}"
         if isinstance(row, dict):
             yield where, row
         else:

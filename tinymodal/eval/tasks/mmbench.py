@@ -37,7 +37,7 @@ from tinymodal.eval.benchmark import (
     Score,
     Sums,
 )
-from tinymodal.eval.files import need, read_rows, text_of
+from tinymodal.eval.files import need, parts_of, read_rows, text_of
 from tinymodal.eval.given import MISSING
 from tinymodal.eval.intervals import mean_sums
 from tinymodal.eval.rules import choices
@@ -137,7 +137,7 @@ def _groups(folder: Path, found: Path, problems: Problems) -> Iterable[list[dict
     """The rows of each question, the first one first; those without id or answer are noted and left out."""
     groups: dict[int, list[dict[str, Any]]] = {}
     pictures: dict[str, bytes | Path] = {}
-    for path in choices.parts_of(found, problems):
+    for path in parts_of(found, problems):
         for where, cells in read_rows(path, problems):
             row = {key if key in choices.LETTERS else key.lower(): value for key, value in cells.items()}
             index = choices.id_of(row.get("index"))

@@ -26,9 +26,9 @@ import numpy as np
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import need, read_rows, read_text, text_of
+from tinymodal.eval.files import need, parts_of, read_rows, read_text, text_of
 from tinymodal.eval.given import answer_rows, first_of
-from tinymodal.eval.rules.choices import parts_of, picture
+from tinymodal.eval.rules.choices import picture
 
 SOURCE = (
     "calculation.py in tools/eval_tool.zip of https://github.com/BradyFU/Awesome-Multimodal-Large-Language-"

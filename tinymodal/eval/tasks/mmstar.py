@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
-from tinymodal.eval.files import need, read_rows, text_of
+from tinymodal.eval.files import need, parts_of, read_rows, text_of
 from tinymodal.eval.intervals import mean_sums
 from tinymodal.eval.rules.choices import (
     DIRECTLY,
@@ -24,7 +24,6 @@ from tinymodal.eval.rules.choices import (
     leading_letter,
     option_lines,
     options_of,
-    parts_of,
     picture,
     said_rows,
 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, need, read_jsonl
+from tinymodal.eval.files import find_file, need, read_jsonl, text_of
 from tinymodal.eval.given import TEXTS, answer_rows, first_of
 from tinymodal.eval.rules.answers import yes_no
 
@@ -44,14 +44,20 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
     def load() -> Iterator[Question]:
         pictures = find_file(folder, *PICTURES.patterns)
         place = pictures.parent if pictures else folder / "val2014"
+        sources: dict[str, Path] = {}
         for split, file in zip(SPLITS, LABELS, strict=True):
             for where, row in read_jsonl(need(folder, file, "pope"), problems):
                 name = row.get("question_id")
+                picture, words = row.get("image"), row.get("text")
                 if name is None or row.get("label") not in ("yes", "no"):
                     problems.add("questions without id or label", where)
                     continue
-                parts = (Image(place / row["image"]), Text(row["text"] + SHORT))
-                meta = {"kind": split, "image": row["image"]}
+                if not isinstance(picture, str) or not isinstance(words, str):
+                    problems.add("questions without picture or words", where)
+                    continue
+                source = sources.get(picture) or sources.setdefault(picture, place / picture)
+                parts = (Image(source), Text(words + SHORT))
+                meta = {"kind": split, "image": picture}
                 yield Question(Sample((Message("user", parts),), f"{split}/{name}"), row["label"], meta)
 
     def answers(path: Path) -> Iterator[Given]:
@@ -82,13 +88,13 @@ def _ids(folder: Path, llava: Path | None, problems: Problems) -> dict[str, str]
     """LLaVA's id of a question -> ours, by split, picture and words."""
     if llava is None:
         return {}
-    ours: dict[tuple[str, str, str], str] = {}
+    ours: dict[tuple[Any, Any, Any], str] = {}
     for split, file in zip(SPLITS, LABELS, strict=True):
         for _, row in read_jsonl(need(folder, file, "pope"), Problems()):
-            ours[split, row["image"], row["text"]] = f"{split}/{row['question_id']}"
+            ours[split, row.get("image"), row.get("text")] = f"{split}/{row.get('question_id')}"
     found = {}
     for _, row in read_jsonl(llava, problems):
-        asked = row["category"], row["image"], row["text"].removesuffix(SHORT)
+        asked = row.get("category"), row.get("image"), text_of(row.get("text")).removesuffix(SHORT)
         if asked in ours:
             found[str(row["question_id"])] = ours[asked]
     return found
@@ -101,10 +107,11 @@ def score(question: Question, reply: str) -> Score:
 
 def _counts(scores: Sequence[Score]) -> Any:
     """[questions, splits * 4]: true and false positives, true and false negatives of each split."""
+    place = {split: 4 * i for i, split in enumerate(SPLITS)}
+    which = {("yes", 1.0): 0, ("yes", 0.0): 1, ("no", 1.0): 2, ("no", 0.0): 3}
     rows = np.zeros((len(scores), len(SPLITS) * 4))
-    for i, one in enumerate(scores):
-        column = {("yes", 1.0): 0, ("yes", 0.0): 1, ("no", 1.0): 2, ("no", 0.0): 3}[one.parsed, one.value]
-        rows[i, SPLITS.index(one.meta["kind"]) * 4 + column] = 1
+    columns = [place[one.meta["kind"]] + which[one.parsed, one.value] for one in scores]
+    rows[np.arange(len(scores)), columns] = 1
     return rows
 
 

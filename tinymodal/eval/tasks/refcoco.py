@@ -29,7 +29,7 @@ import numpy as np
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, need, read_rows, text_of
+from tinymodal.eval.files import find_file, need, parts_of, read_rows, text_of
 from tinymodal.eval.given import answer_rows, first_of
 from tinymodal.eval.rules.boxes import Box, iou, read_box
 
@@ -137,9 +137,9 @@ def open_folder(name: str, folder: Path, problems: Problems) -> Benchmark:
 
 
 def _rows(path: Path | None, split: str, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a split; the Hub's comes in several files."""
+    """The rows of a split."""
     if path is not None:
-        for file in sorted(path.parent.glob(f"{split}-*.parquet")) if path.suffix == ".parquet" else [path]:
+        for file in parts_of(path, problems):
             yield from read_rows(file, problems)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import need, read_json, read_rows, text_of
+from tinymodal.eval.files import need, parts_of, read_json, read_rows, text_of
 from tinymodal.eval.given import answer_rows, first_of
 from tinymodal.eval.rules.captions import TOP, Cider, bleu, words
 
@@ -129,7 +129,7 @@ def _pictures(folder: Path, problems: Problems) -> Iterator[Picture]:
 
 def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path.suffix == ".parquet":
-        for file in sorted(path.parent.glob("val-*.parquet")):
+        for file in parts_of(path, problems):
             yield from read_rows(file, problems)
         return
     value = read_json(path)
