@@ -158,7 +158,10 @@ def test_a_broken_row_is_named_and_the_others_are_read(tmp_path):
     }
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8b broken", gzip.compress(b"whole")[:-6], b""])
+# Named: a packed file holds the time at which it was packed, and the name of a test may not.
+@pytest.mark.parametrize(
+    "content", [b"\x1f\x8b broken", gzip.compress(b"whole")[:-6], b""], ids=["broken", "cut", "empty"]
+)
 def test_a_broken_archive_is_named(tmp_path, content):
     path = tmp_path / "a.json.gz"
     path.write_bytes(content)
@@ -198,3 +201,54 @@ def test_a_short_row_of_a_workbook_has_all_columns(tmp_path):
         {"index": 1, "prediction": None},
         {"index": 2, "prediction": "B"},
     ]
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "t.xlsx.gz"])
+def test_a_workbook_that_is_none_is_refused_and_a_packed_one_read(tmp_path, name):
+    openpyxl = pytest.importorskip("openpyxl")
+    path = tmp_path / name
+    broken = b"index,prediction"
+    path.write_bytes(gzip.compress(broken) if name.endswith(".gz") else broken)
+    with pytest.raises(DataError, match="cannot be read as xlsx"):
+        rows(path)
+    book, content = openpyxl.Workbook(), io.BytesIO()
+    book.active.append(("index",))
+    book.active.append((7,))
+    book.save(content)
+    whole = content.getvalue()
+    path.write_bytes(gzip.compress(whole) if name.endswith(".gz") else whole)
+    assert rows(path) == [{"index": 7}]
+
+
+def test_a_packed_file_with_a_broken_block_is_refused(tmp_path):
+    content = bytearray(gzip.compress(b"[1, 2, 3]" * 100))
+    content[10] = 0xFF
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["5", "null", "9" * 5000, "[" * 100_000, '{"a": 1} {"b": 2}'],
+    ids=["number", "null", "digits", "lists", "two"],
+)
+def test_a_line_that_is_no_row_is_noted_and_the_others_are_read(tmp_path, line):
+    problems = Problems()
+    path = put(tmp_path / "a.jsonl", f'{{"a": 0}}\n{line}\n{{"a": 2}}')
+    assert rows(path, problems) == [{"a": 0}, {"a": 2}]
+    assert problems.told()["unreadable rows"]["named"] == ["a.jsonl: line 2"]
+    if line != '{"a": 1} {"b": 2}':
+        whole = Problems()
+        assert rows(put(tmp_path / "b.json", line), whole) == []
+        assert whole.counts["unreadable rows"] == 1
+
+
+def test_a_cell_beyond_the_last_column_is_noted(tmp_path):
+    problems = Problems()
+    assert rows(put(tmp_path / "t.tsv", "index\tanswer\n1\tA\n2\tB\tmore\n"), problems) == [
+        {"index": "1", "answer": "A"},
+        {"index": "2", "answer": "B"},
+    ]
+    assert problems.told()["rows with more cells than columns"]["named"] == ["t.tsv: row 2"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, Given, Judging, Problems, Question, Score
-from tinymodal.eval.given import DOUBLE, MISSING, UNKNOWN, join, plain_answers
+from tinymodal.eval.given import DOUBLE, MISSING, NULL, UNKNOWN, UNREADABLE, join, plain_answers
 from tinymodal.eval.judge import UNGRADED
 from tinymodal.eval.rules.answers import exact
 from tinymodal.eval.score import score_answers
@@ -139,3 +139,78 @@ def test_without_a_judge_the_official_fallback_counts_where_there_is_one(tmp_pat
         result = score_answers(asked(judge=judging(fallback)), path, tmp_path / str(fallback))
         assert (len(result.answered), result.metrics["mean"]) == (n, mean)
         assert result.problems.told()[UNGRADED]["named"] == ["b"]
+
+
+def test_a_judge_that_fails_leaves_the_official_fallback(tmp_path):
+    class Failing:
+        def grade_all(self, judging, asked, problems):
+            return [None for _ in asked]
+
+        def told(self, judging):
+            return {}
+
+        def bill(self):
+            return ""
+
+    for fallback, n in ((True, 2), (False, 1)):
+        judging = Judging(
+            prompt=lambda q, reply: [] if reply == "yes" else [{"role": "user", "content": reply}],
+            read=lambda q, reply, verdict: Score(float(verdict)),
+            fallback=fallback,
+        )
+        path = put(tmp_path, {"a": "yes", "b": "well, yes"})
+        result = score_answers(asked(judge=judging), path, tmp_path / str(fallback), judge=Failing())
+        assert len(result.answered) == n
+
+
+def test_null_is_an_empty_answer_and_noted_and_what_is_no_text_is_none(tmp_path):
+    rows = [
+        {"id": "a", "text": None, "answer": "gold"},
+        {"id": "b", "text": ["x"]},
+        {"id": "c", "text": {"parsed": "x"}},
+        {"id": "d", "text": True},
+        {"id": "e", "text": ""},
+        {"id": "f", "text": 7.5},
+    ]
+    found, problems = read(put(tmp_path, rows))
+    assert found == {"a": "", "e": "", "f": "7.5"}
+    assert {kind: told["count"] for kind, told in problems.told().items()} == {NULL: 1, UNREADABLE: 3}
+    assert "expected text" in str(problems)
+
+
+@pytest.mark.parametrize("key", ["results", "annotations", "outputs"])
+def test_answers_inside_of_an_object_are_found(tmp_path, key):
+    rows = [{"question_id": 1, "answer": "x"}]
+    inside = {"info": {}, key: {"1": "x"} if key == "outputs" else rows}
+    assert read(put(tmp_path, inside))[0] == {"1": "x"}
+
+
+def test_a_list_that_is_called_jsonl_and_lines_without_an_ending_are_read(tmp_path):
+    rows = [{"id": "a", "text": "x"}, {"id": "b", "text": "y"}]
+    assert read(put(tmp_path, rows, "answers.jsonl"))[0] == {"a": "x", "b": "y"}
+    lines = "\n".join(map(json.dumps, rows))
+    for name in ("answers", "answers.txt"):
+        assert read(put(tmp_path, lines, name))[0] == {"a": "x", "b": "y"}
+
+
+def test_numbers_that_a_table_made_fractions_are_whole_ids(tmp_path):
+    assert read(put(tmp_path, '[{"question_id": 262148000.0, "answer": "x"}]'))[0] == {"262148000": "x"}
+
+
+def test_keys_that_an_object_repeats_are_noted(tmp_path):
+    found, problems = read(put(tmp_path, '{"a": "Yes", "b": "No", "a": "No"}'))
+    assert found == {"a": "No", "b": "No"}
+    assert problems.told()["keys that an object repeats"]["named"] == ["answers.json: 'a'"]
+
+
+def test_a_file_of_the_questions_is_refused(tmp_path):
+    path = put(tmp_path, [{"question_id": n, "text": f"{n}?", "answer": "yes"} for n in "ab"])
+    with pytest.raises(DataError, match="holds the questions of asked under 'text'"):
+        join(asked(), [question(n) for n in "ab"], path, Problems())
+
+
+def test_half_a_character_in_a_reply_costs_nothing_but_itself(tmp_path):
+    path = put(tmp_path, '[{"id": "a", "text": "yes"}, {"id": "b", "text": "no \\ud83d"}]')
+    assert score_answers(asked(), path, tmp_path / "out").metrics == {"mean": 0.5}
+    rows = (tmp_path / "out" / "asked.replies.jsonl").read_text().splitlines()
+    assert [json.loads(row)["reply"] for row in rows] == ["yes", "no ?"]

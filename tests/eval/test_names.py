@@ -73,3 +73,12 @@ def test_a_misspelt_name_is_told_with_the_nearest(tmp_path):
         benchmark("poep", tmp_path)
     with pytest.raises(RecipeError, match="did you mean 'mmbench'"):
         places(["mmbnech"], Path())
+
+
+def test_files_in_the_folder_of_another_benchmark_are_not_taken(tmp_path, capsys):
+    (tmp_path / "mme").mkdir()
+    (tmp_path / "mme" / "test-00000-of-00001.parquet").touch()
+    with pytest.raises(DataError, match=r"holds no folder mmstar, and .* is in that of mme"):
+        benchmark("mmstar", tmp_path)
+    (place,) = places(["mmstar"], tmp_path)
+    assert place.found[0] is None

@@ -16,7 +16,10 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +110,11 @@ def folder_of(task: OnDisk, data: Path) -> Path:
     return next((folder for folder in named if folder.is_dir()), data)
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, unpacked: of a ``.gz``, or of the only file in a ``.tar.gz``.
+def read_bytes(path: Path) -> bytes:
+    """What a file holds, unpacked: a ``.gz``, or the only file in a ``.tar.gz``.
 
     Raises:
-        DataError: it cannot be read, or is no UTF-8.
+        DataError: it cannot be read.
     """
     try:
         if path.name.endswith((".tar.gz", ".tgz")):
@@ -121,28 +124,50 @@ def read_text(path: Path) -> str:
                     raise DataError(f"{path}: holds {len(inside)} files; expected one. Unpack it.")
                 stream = archive.extractfile(inside[0])
                 assert stream is not None
-                content = stream.read()
-        elif path.suffix == ".gz":
-            content = gzip.decompress(path.read_bytes())
-        else:
-            content = path.read_bytes()
-        return content.decode("utf-8-sig")
-    except (OSError, EOFError, tarfile.TarError, UnicodeDecodeError, ValueError) as error:
+                return stream.read()
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def read_json(path: Path) -> Any:
+def read_text(path: Path) -> str:
+    """The text of a file, unpacked as by :func:`read_bytes`.
+
+    Raises:
+        DataError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def read_json(path: Path, problems: Problems | None = None) -> Any:
     """The value of a json file.
+
+    Args:
+        path: of the file.
+        problems: keys that an object holds twice are noted there, of which the last counts. None: they are
+            not looked for, which is three times as fast.
 
     Raises:
         DataError: it is not there, or is no json.
     """
+
+    def noted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and problems is not None:
+            for key, count in Counter(key for key, _ in pairs).items():
+                if count > 1:
+                    problems.add("keys that an object repeats", f"{path.name}: {key!r}")
+        return found
+
     try:
-        return json.loads(read_text(path))
+        return json.loads(read_text(path), object_pairs_hook=None if problems is None else noted)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno}: {error.msg}; expected json") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: lists in lists beyond what can be read; expected json") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists
+        raise DataError(f"{path}: {error}; expected json that can be read") from error
 
 
 def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,7 +181,7 @@ def read_jsonl(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, 
         where = f"{name}: line {number}"
         try:
             row, end = decode(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             row, end = None, 0
         if isinstance(row, dict) and end == len(line):
             yield where, row
@@ -174,28 +199,36 @@ def read_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, A
     for end in reversed(PACKED):
         name = name.removesuffix(end)
     kind = Path(name).suffix
-    if kind == ".jsonl":
-        yield from read_jsonl(path, problems)
-    elif kind == ".json":
+    if kind in (".json", ".jsonl"):
+        # jsonl that is called json, as POPE's is, and a list that is called jsonl are read as what they are.
         text = read_text(path)
         try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            # jsonl that is called json, as POPE's are.
+            value = json.loads(text) if kind == ".json" or text.lstrip().startswith("[") else None
+        except (ValueError, RecursionError):
+            value = None
+        if value is None:
             yield from read_jsonl(path, problems)
-            return
-        if not isinstance(value, list):
-            value = [value]
-        called = path.name
-        for number, row in enumerate(value, 1):
-            if isinstance(row, dict):
-                yield f"{called}: row {number}", row
-            else:
-                problems.add("unreadable rows", f"{called}: row {number}")
+        else:
+            yield from rows_in(value if isinstance(value, list) else [value], path, problems)
     elif kind in TABLES:
-        yield from ((f"{path.name}: row {n}", row) for n, row in enumerate(_table(path, kind), 1))
+        for number, row in enumerate(_table(path, kind), 1):
+            where = f"{path.name}: row {number}"
+            if row.pop(None, None):  # type: ignore[call-overload]
+                problems.add("rows with more cells than columns", where)
+            yield where, row
     else:
         raise DataError(f"{path}: expected .jsonl, .json, {', '.join(TABLES)}, or one of these with .gz")
+
+
+def rows_in(values: Sequence[Any], path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(where, row)`` of each object in a list of a file; what is no object is noted and left out."""
+    name = path.name
+    for number, row in enumerate(values, 1):
+        where = f"{name}: row {number}"
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            problems.add("unreadable rows", where)
 
 
 def _table(path: Path, kind: str) -> Iterator[dict[str, Any]]:
@@ -228,7 +261,11 @@ def _xlsx(path: Path) -> Iterator[dict[str, Any]]:
         import openpyxl
     except ImportError as error:
         raise DataError(f"{path}: xlsx needs openpyxl: pip install 'tinymodal[eval]'") from error
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    try:
+        # From memory: it may be packed, and openpyxl asks files for their ending.
+        book = openpyxl.load_workbook(io.BytesIO(read_bytes(path)), read_only=True, data_only=True)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, SyntaxError) as error:
+        raise DataError(f"{path}: cannot be read as xlsx: {error}") from error
     try:
         rows = book.worksheets[0].iter_rows(values_only=True)
         head = [str(cell) if cell is not None else "" for cell in next(rows, ())]
@@ -236,6 +273,11 @@ def _xlsx(path: Path) -> Iterator[dict[str, Any]]:
             yield {key: value for key, value in itertools.zip_longest(head, row[: len(head)]) if key}
     finally:
         book.close()
+
+
+def id_of(value: object) -> str:
+    """An id as text; a table's ``241.0`` is 241."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else text_of(value)
 
 
 def text_of(value: object) -> str:

@@ -127,7 +127,8 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
     """The whole text, or its pieces, or nothing: a kill leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.part")
-    with draft.open("w", encoding="utf-8") as file:
+    # Half a character, which json may hold and utf-8 not, becomes a question mark.
+    with draft.open("w", encoding="utf-8", errors="replace") as file:
         file.writelines([text] if isinstance(text, str) else text)
     os.replace(draft, path)
 

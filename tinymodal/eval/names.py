@@ -17,6 +17,8 @@ from tinymodal.eval.tasks.table import ON_DISK, TASKS
 
 ALIASES = {"speech_roundtrip": "speech-roundtrip"}
 """What else a benchmark is called."""
+MEDIA = (".jpg", ".png", ".flac", ".wav", ".ogg", ".opus", ".mp3")
+"""Benchmarks share COCO's pictures: these may lie in the folder of another one."""
 
 
 def benchmark(name: str, data: Path | None = None) -> Benchmark:
@@ -67,8 +69,26 @@ def opened(task: OnDisk, data: Path | None) -> Benchmark:
         )
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; expected the files of {task.name} in it.")
+    folder = folder_of(task, data)
+    for file in task.files:
+        found = find_file(folder, *file.patterns)
+        if found is not None and (other := _owner(task, data, found)) is not None:
+            raise DataError(
+                f"{task.name}: {data} holds no folder {task.name}, and {found} is in that of {other}; "
+                f"expected its own files in a folder of its name. tinymodal eval --where --on {task.name} "
+                f"--data {data} lists them."
+            )
     problems = Problems()
-    return replace(task.open(folder_of(task, data), problems), problems=problems)
+    return replace(task.open(folder, problems), problems=problems)
+
+
+def _owner(task: OnDisk, data: Path, file: Path) -> str | None:
+    """The other benchmark in whose folder below ``data`` a file lies; None: nobody's, or a picture of it."""
+    inside = file.relative_to(data).parts[:-1]
+    if not inside or inside[0] in (task.name, *task.folders) or file.suffix in MEDIA:
+        return None
+    each = (one for one in ON_DISK.values() if inside[0] in (one.name, *one.folders))
+    return next((one.name for one in each), None)
 
 
 def benchmarks(names: Sequence[str], data: Path | None = None) -> list[Benchmark]:
@@ -113,6 +133,8 @@ def places(names: Sequence[str], data: Path | None) -> list[Place]:
     rows = []
     for task in tasks:
         folder = folder_of(task, data) if data is not None else None
-        found = (find_file(folder, *file.patterns) if folder is not None else None for file in task.files)
+        found = [find_file(folder, *file.patterns) if folder is not None else None for file in task.files]
+        if data is not None:
+            found = [at if at is None or _owner(task, data, at) is None else None for at in found]
         rows.append(Place(task, folder, tuple(found)))
     return rows

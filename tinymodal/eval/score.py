@@ -126,8 +126,9 @@ def grade(
             found.append(benchmark.score(question, answer.text))
     if judging is not None and judge is not None:
         scores = judge.grade_all(judging, list(waiting.values()), problems)
-        for i, score in zip(waiting, scores, strict=True):
-            found[i] = score
+        for (i, (question, reply)), score in zip(waiting.items(), scores, strict=True):
+            # As without a judge: a question that is left out would make the others count more.
+            found[i] = benchmark.score(question, reply) if score is None and judging.fallback else score
         say(judge.bill())
     elif judging is not None and waiting:
         for place, (question, reply) in waiting.items():

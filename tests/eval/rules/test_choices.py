@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinymodal.eval.benchmark import Problems
+from tinymodal.eval.files import id_of
 from tinymodal.eval.rules import choices
 
 OPTIONS = {"A": "a dog", "B": "a cat", "C": "two cats", "D": "None of these"}
@@ -117,9 +118,9 @@ def test_rows_without_a_reply_are_named(tmp_path):
 
 
 def test_an_id_that_a_table_holds_as_a_fraction_is_whole():
-    assert choices.id_of(241.0) == "241"
-    assert choices.id_of("v1738") == "v1738"
-    assert choices.id_of(None) == ""
+    assert id_of(241.0) == "241"
+    assert id_of("v1738") == "v1738"
+    assert id_of(None) == ""
 
 
 def test_a_picture_is_bytes_base64_or_a_file(tmp_path):

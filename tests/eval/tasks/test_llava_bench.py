@@ -155,7 +155,8 @@ def test_missing_unknown_and_unreadable_reviews_are_named(folder):
     assert result.metrics == {"all": [100.0, 80.0, 80.0], "llava_bench_conv": [100.0, 80.0, 80.0]}
     assert result.problems.counts == {
         "answers to no question": 1,
-        "unreadable answers": 2,
+        "answers without an id": 1,
+        "unreadable answers": 1,
         "questions without an answer": 2,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Problems, Question, Score
 from tinymodal.eval.given import DOUBLE, MISSING, UNKNOWN
 from tinymodal.eval.score import score_answers
-from tinymodal.eval.tasks.mmmu import TASK, is_right, read_choice, read_open, report, score
+from tinymodal.eval.tasks.mmmu import NUMBERS, TASK, is_right, read_choice, read_open, report, score
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "eval" / "mmmu"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="the real answers are not at hand")
@@ -244,7 +245,12 @@ def test_bad_rows_are_named_and_counted(folder):
         "what",
     ]
     result = scored(folder, {"Art": rows})
-    assert result.problems.counts == {DOUBLE: 1, UNKNOWN: 1, "unreadable answers": 2}
+    assert result.problems.counts == {
+        DOUBLE: 1,
+        UNKNOWN: 1,
+        "unreadable answers": 1,
+        "answers without an id": 1,
+    }
     assert result.metrics["eval_only"]["Overall"]["num"] == 3
     key = {
         **KEY,
@@ -337,3 +343,20 @@ def test_the_sum_is_rounded_as_the_authors_round_it():
     scores = [Score(float(n == 0), "A", {"subject": "Art", "pictures": "1"}) for n in range(16)]
     found = report(scores)["eval_only"]
     assert found["Art"] == found["Overall"] == {"num": 16, "acc": 0.062}
+
+
+THEIRS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
+"""Of extract_numbers in eval/eval_utils.py of MMMU's repository."""
+
+
+@given(st.text("0123.,-+eEx ", max_size=16))
+def test_numbers_are_those_that_the_official_patterns_find(text):
+    assert [re.findall(form, text) for form in NUMBERS] == [re.findall(form, text) for form in THEIRS]
+
+
+def test_a_reply_of_many_digits_takes_no_longer_than_one_of_many_words():
+    assert read_open("so " + "1" * 100_000 + "x")  # minutes, if every digit began a search of its own

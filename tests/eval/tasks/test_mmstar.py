@@ -8,6 +8,7 @@ import pytest
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image
 from tinymodal.eval.benchmark import Problems
+from tinymodal.eval.given import NULL
 from tinymodal.eval.rules.choices import DIRECTLY, write_xlsx
 from tinymodal.eval.score import score_answers
 from tinymodal.eval.tasks import mmstar
@@ -63,7 +64,7 @@ def test_the_official_table_of_results_is_read_and_an_empty_cell_is_wrong(folder
     ]
     write_xlsx(tmp_path / "model_MMStar.xlsx", (*HEAD[:5], "prediction"), rows)
     result = score_answers(mmstar.TASK, tmp_path / "model_MMStar.xlsx", tmp_path / "out", data=folder.parent)
-    assert not result.problems
+    assert result.problems.counts == {NULL: 1}
     assert [row.score.value for row in result.answered] == [1.0, 0.0, 1.0, 1.0]
 
 

@@ -120,3 +120,43 @@ def test_the_interval_is_that_of_the_reported_number(folder):
     all_sums = sums([row.score for row in result.answered])
     assert all_sums.value(all_sums.rows.sum(axis=0)) == pytest.approx(result.metrics["mean_f1"])
     assert interval(all_sums) is not None
+
+
+def test_a_splits_answers_by_the_authors_numbers_go_to_that_split(folder):
+    rows = [
+        {"question_id": i, "image": m, "question": t, "category": "random", "text": a}
+        for i, (m, t, a) in enumerate(ASKED, 1)
+    ]
+    result = score_answers(TASK, answers(folder, rows), folder / "out", data=folder)
+    assert set(result.metrics) == {"random", "mean_f1"}
+    assert result.metrics["random"]["accuracy"] == 1.0
+    assert result.problems.counts == {MISSING: 6}
+
+
+def test_the_authors_own_format_is_read_in_order_by_the_files_name(folder):
+    path = folder / "answers_popular.jsonl"
+    path.write_text("\n".join(json.dumps({"question": t, "answer": a}) for _, t, a in ASKED))
+    result = score_answers(TASK, path, folder / "out", data=folder)
+    assert result.metrics["popular"]["f1"] == 1.0
+    assert result.metrics["popular"]["n"] == 3
+
+
+def test_an_answer_to_other_words_than_its_questions_does_not_count(folder):
+    rows = [{"id": f"random/{i}", "prompt": t, "reply": a} for i, (_, t, a) in enumerate(ASKED, 1)]
+    rows[1]["prompt"] = "Is there a horse?"
+    result = score_answers(TASK, answers(folder, rows), folder / "out", data=folder)
+    assert result.metrics["random"]["n"] == 2
+    assert result.problems.counts["answers to other words than their question's"] == 1
+
+
+@pytest.mark.parametrize("gone", ["question_id", "image", "text", "label"])
+def test_a_question_that_lacks_a_part_is_noted_and_the_others_are_scored(folder, gone):
+    path = folder / "coco_pope_random.json"
+    first, *others = path.read_text().split("\n")
+    row = json.loads(first)
+    del row[gone]
+    path.write_text("\n".join((json.dumps(row), *others)))
+    rows = [{"id": f"random/{i}", "reply": a} for i, (_, _, a) in enumerate(ASKED, 1)]
+    result = score_answers(TASK, answers(folder, rows), folder / "out", data=folder)
+    assert result.metrics["random"]["n"] == 2
+    assert sum("without" in kind for kind in result.problems.counts) >= 1

@@ -134,7 +134,7 @@ def test_bad_rows_are_named_and_counted(folder):
     }
     assert result.metrics["val"]["acc"] == 100.0
     found = scored(folder, [{"question_id": f"val/{DOG}/0", "text": "x"}, {"text": "x"}], "a.jsonl").problems
-    assert found.counts["unreadable answers"] == 1
+    assert found.counts["answers without an id"] == 1
 
 
 def test_a_folder_without_any_split_is_an_error_that_says_where_they_are_from(tmp_path):

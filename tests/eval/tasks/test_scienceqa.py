@@ -153,8 +153,9 @@ def test_bad_problems_and_answers_are_named_and_counted(folder):
     known = json.loads((folder / "problems.json").read_text())
     known["7"]["answer"] = 3
     del known["9"]["choices"]
+    known["11"] = None
     (folder / "problems.json").write_text(json.dumps(known))
-    (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "5", "7", "9", "99"]}))
+    (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "5", "7", "9", "11", "99"]}))
     path = folder / "answers.jsonl"
     lines = ['{"question_id": "4", "text": "B"}', '{"question_id": "4", "text": "A"}', '{"text": "B"}']
     lines += ["not json", '{"question_id": "5"}', '{"question_id": "6", "text": "A"}']
@@ -162,7 +163,7 @@ def test_bad_problems_and_answers_are_named_and_counted(folder):
     result = score_answers(TASK, path, folder / "out", data=folder)
     assert result.problems.counts == {
         "questions of the split that are no problem": 1,
-        "questions without choices or answer": 2,
+        "questions without choices or answer": 3,
         DOUBLE: 1,
         "answers without an id": 1,
         "unreadable rows": 1,

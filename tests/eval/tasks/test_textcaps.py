@@ -102,7 +102,7 @@ def test_bad_rows_and_answers_are_named_and_counted(folder):
         "unreadable rows": 1,
         DOUBLE: 1,
         UNKNOWN: 1,
-        "unreadable answers": 1,
+        "answers without an id": 1,
     }
     assert_official(result.metrics, ("a1", "b2", "c3", "d4", "e5"))
 

@@ -170,7 +170,7 @@ def test_answers_that_fit_no_question_are_named(tmp_path):
         "answers to no question": ["a.jsonl: line 2: 'bb how many?'"],
         "answers that do not tell their question": ["a.jsonl: line 3", "a.jsonl: line 4"],
         "unreadable answers": [
-            "a.jsonl: line 5: none of text, prediction, reply, response, caption, pred, answer"
+            "a.jsonl: line 5: none of text, prediction, reply, response, caption, pred, hyp, answer"
         ],
         "questions without an answer": ["34602", "34604"],
     }

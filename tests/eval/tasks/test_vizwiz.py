@@ -106,7 +106,7 @@ def test_a_category_without_answers_is_left_out_and_what_is_missing_is_named(tmp
     assert {kind: told["named"] for kind, told in result.problems.told().items()} == {
         "answers to no question": ["a.json: row 2: 'VizWiz_val_7.jpg'"],
         "unreadable answers": [
-            "a.json: row 3: none of text, prediction, reply, response, caption, pred, answer"
+            "a.json: row 3: none of text, prediction, reply, response, caption, pred, hyp, answer"
         ],
         "answers that do not tell their question": ["a.json: row 4"],
         "questions without an answer": ["VizWiz_val_00000000.jpg"],

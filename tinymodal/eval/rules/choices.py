@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from tinymodal.core.errors import DataError
 from tinymodal.eval.benchmark import Problems
-from tinymodal.eval.files import text_of
-from tinymodal.eval.given import answer_rows
+from tinymodal.eval.files import id_of, text_of
+from tinymodal.eval.given import answer_rows, reply_in
 
 LETTERS = string.ascii_uppercase
 DIRECTLY = "\nAnswer with the option's letter from the given choices directly."
@@ -184,23 +184,15 @@ def said_rows(
 ) -> Iterator[Said]:
     """The rows of a file of answers; those without id or answer are noted and left out.
 
-    An empty cell is an empty answer. A column that is not among ``texts`` is never taken for one: tables of
+    A column that is not among ``texts`` is never taken for one: tables of
     results hold the right answer as ``answer``.
     """
     for where, row in answer_rows(path, problems):
         name = next((id_of(row[key]) for key in ids if not is_nothing(row.get(key))), None)
-        column = next((key for key in texts if key in row), None)
         if name is None:
             problems.add("answers without an id", f"{where}: none of {', '.join(ids)}")
-        elif column is None:
-            problems.add("unreadable answers", f"{where}: none of {', '.join(texts)}")
-        else:
-            yield Said(where, name, text_of(row[column]), row)
-
-
-def id_of(value: object) -> str:
-    """An id as text; a table's ``241.0`` is 241."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else text_of(value)
+        elif (text := reply_in(row, where, problems, texts)) is not None:
+            yield Said(where, name, text, row)
 
 
 def picture(value: object, otherwise: Path, where: str, problems: Problems) -> bytes | Path:

@@ -21,8 +21,8 @@ import numpy as np
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Given, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, parts_of, read_json, read_rows
-from tinymodal.eval.given import MISSING, TEXTS, answer_rows, first_of
+from tinymodal.eval.files import find_file, parts_of, read_json, read_rows, rows_in
+from tinymodal.eval.given import MISSING, answer_rows, reply_in
 from tinymodal.eval.rules.answers import NUMBER_WORDS
 
 VQA_SOURCE = (
@@ -320,13 +320,7 @@ def rows_of(path: Path, key: str, problems: Problems) -> Iterator[tuple[str, dic
     rows = value.get(key) if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of rows, or an object with a list called {key!r}")
-    name = path.name
-    for number, row in enumerate(rows, 1):
-        where = f"{name}: row {number}"
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            problems.add("unreadable rows", where)
+    yield from rows_in(rows, path, problems)
 
 
 class Pictures:
@@ -355,12 +349,10 @@ def read_answers(
 ) -> Iterator[Given]:
     """Answers whose question ``name`` finds; rows without question or reply are noted and left out."""
     for where, row in answer_rows(path, problems):
-        text, found = first_of(row, TEXTS), name(row)
-        if text is None:
-            problems.add("unreadable answers", f"{where}: none of {', '.join(TEXTS)}")
-        elif found is None:
+        found = name(row)
+        if found is None:
             problems.add("answers that do not tell their question", where)
-        else:
+        elif (text := reply_in(row, where, problems)) is not None:
             yield Given(found, text, where)
 
 

@@ -26,7 +26,7 @@ from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need, read_json, read_rows, text_of
-from tinymodal.eval.given import answer_rows, first_of
+from tinymodal.eval.given import TEXTS, answer_rows, first_of, reply_in
 
 SOURCE = (
     "eval.py of https://cs.stanford.edu/people/dorarad/gqa/evaluate.html, as in https://github.com/SHI-Labs/"
@@ -92,11 +92,13 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
     def answers(path: Path) -> Iterator[Given]:
         for where, row in answer_rows(path, problems):
             name = first_of(row, ("question_id", "questionId", "id"))
-            text = row.get("prediction") if "questionId" in row else row.get("text", row.get("reply"))
-            if name is None or text is None:
-                problems.add("unreadable answers", where)
-            else:
-                yield Given(name, Final(text) if "questionId" in row else text_of(text), where)
+            if name is None:
+                problems.add("answers without an id", where)
+                continue
+            final = "questionId" in row and "prediction" in row
+            text = reply_in(row, where, problems, ("prediction",) if final else TEXTS)
+            if text is not None:
+                yield Given(name, Final(text) if final else text, where)
 
     def report_of(scores: Sequence[Score]) -> Metrics:
         return report(scores, read_json(choices_file) if choices_file is not None else {})

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinymodal.core.errors import DataError
 from tinymodal.core.types import Audio, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, OnDisk, Problems, Question
 from tinymodal.eval.files import read_text
@@ -39,7 +38,7 @@ def from_folder(
     problems = Problems() if problems is None else problems
     return Benchmark(
         name=name or folder.name,
-        load=lambda: _questions(folder, prompt),
+        load=lambda: _questions(folder, prompt, problems),
         score=transcript,
         reduce=error_rates,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -52,14 +51,15 @@ def from_folder(
     )
 
 
-def _questions(folder: Path, prompt: str) -> Iterator[Question]:
+def _questions(folder: Path, prompt: str, problems: Problems) -> Iterator[Question]:
     for file in sorted(folder.rglob("*.trans.txt")):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             name, _, words = line.strip().partition(" ")
             if not name:
                 continue
             if not words.strip():
-                raise DataError(f"{file}: line {number}: {name} has no words; expected its transcript")
+                problems.add("utterances without a transcript", f"{file.name}: line {number}: {name}")
+                continue
             # Where none is there, the run says so; transcripts that were made elsewhere need none.
             ends = (file.with_name(name + end) for end in SOUNDS)
             sound = next((at for at in ends if at.is_file()), file.with_name(name + SOUNDS[0]))
@@ -69,7 +69,7 @@ def _questions(folder: Path, prompt: str) -> Iterator[Question]:
 
 def _answers(path: Path, problems: Problems) -> Iterator[Given]:
     """Transcripts of utterances: ``ID WORDS`` a line, as those of the right ones, or rows with an id."""
-    if path.suffix != ".txt":
+    if not path.name.removesuffix(".gz").endswith(".txt"):
         yield from plain_answers(path, problems)
         return
     for number, line in enumerate(read_text(path).splitlines(), 1):

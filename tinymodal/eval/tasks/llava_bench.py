@@ -45,7 +45,7 @@ from tinymodal.eval.benchmark import (
     Sums,
 )
 from tinymodal.eval.files import find_file, need, read_json, read_rows, text_of
-from tinymodal.eval.given import TEXTS, answer_rows, first_of
+from tinymodal.eval.given import answer_rows, first_of, reply_in
 
 SOURCE = "https://github.com/haotian-liu/LLaVA/blob/v1.2.2/llava/eval/summarize_gpt_review.py"
 JUDGING = "https://github.com/haotian-liu/LLaVA/blob/v1.2.2/llava/eval/eval_gpt_review_bench.py"
@@ -153,12 +153,11 @@ def answers(path: Path, problems: Problems) -> Iterator[Given]:
         reviewed = "tuple" in row or "content" in row
         # A review's "id" is its place in the file.
         name = first_of(row, ("question_id",) if reviewed else ("question_id", "id"))
-        text = first_of(row, TEXTS)
-        if name is None or (text is None and not reviewed):
-            problems.add("unreadable answers", where)
+        if name is None:
+            problems.add("answers without an id", where)
         elif not reviewed:
-            assert text is not None
-            yield Given(name, text, where)
+            if (text := reply_in(row, where, problems)) is not None:
+                yield Given(name, text, where)
         else:
             if name in reviews:
                 problems.add("questions reviewed more than once", f"{where}: {name!r}, as {reviews[name][0]}")

@@ -37,7 +37,7 @@ from tinymodal.eval.benchmark import (
     Score,
     Sums,
 )
-from tinymodal.eval.files import need, parts_of, read_rows, text_of
+from tinymodal.eval.files import id_of, need, parts_of, read_rows, text_of
 from tinymodal.eval.given import MISSING
 from tinymodal.eval.intervals import mean_sums
 from tinymodal.eval.rules import choices
@@ -140,7 +140,7 @@ def _groups(folder: Path, found: Path, problems: Problems) -> Iterable[list[dict
     for path in parts_of(found, problems):
         for where, cells in read_rows(path, problems):
             row = {key if key in choices.LETTERS else key.lower(): value for key, value in cells.items()}
-            index = choices.id_of(row.get("index"))
+            index = id_of(row.get("index"))
             if not index.isdecimal():
                 problems.add("questions without id or answer", f"{where}: index {index!r}")
                 continue

@@ -27,7 +27,7 @@ from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import need, parts_of, read_rows, read_text, text_of
-from tinymodal.eval.given import answer_rows, first_of
+from tinymodal.eval.given import answer_rows, first_of, reply_in
 from tinymodal.eval.rules.choices import picture
 
 SOURCE = (
@@ -177,15 +177,14 @@ def _of_results(path: Path, labels: dict[str, str], problems: Problems) -> Itera
 def _of_jsonl(path: Path, problems: Problems) -> Iterator[Given]:
     """LLaVA's answers, whose id is ``subtask/.../picture``, or our own replies."""
     for where, row in answer_rows(path, problems):
-        text = first_of(row, ("text", "reply", "prediction"))
         official, prompt = first_of(row, ("question_id",)), first_of(row, ("prompt", "question"))
         if official is not None and prompt is not None:
             name: str | None = _id(official.partition("/")[0], official.rpartition("/")[2], prompt)
         else:
             name = first_of(row, ("id",))
-        if name is None or text is None:
-            problems.add("unreadable answers", where)
-        else:
+        if name is None:
+            problems.add("answers that do not tell their question", where)
+        elif (text := reply_in(row, where, problems, ("text", "reply", "prediction"))) is not None:
             yield Given(name, text, where)
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
-from tinymodal.eval.files import need, parts_of, read_rows, text_of
+from tinymodal.eval.files import id_of, need, parts_of, read_rows, text_of
 from tinymodal.eval.intervals import mean_sums
 from tinymodal.eval.rules.choices import (
     DIRECTLY,
-    id_of,
     leading_letter,
     option_lines,
     options_of,

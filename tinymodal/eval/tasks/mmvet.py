@@ -41,7 +41,7 @@ from tinymodal.eval.benchmark import (
     Sums,
 )
 from tinymodal.eval.files import Row, find_file, need, read_json, read_rows, read_text, text_of
-from tinymodal.eval.given import TEXTS, answer_rows, first_of
+from tinymodal.eval.given import UNREADABLE, answer_rows, first_of, reply_in
 
 SOURCE = (
     "https://github.com/yuweihao/MM-Vet/blob/c7ff270d86fb79c42346214366f4192c0e08b042/mm-vet_evaluator.py"
@@ -175,9 +175,10 @@ def answers(path: Path, problems: Problems) -> Iterator[Given]:
     for where, row in rows:
         name = first_of(row, ("question_id", "id"))
         name = f"v1_{name}" if name and name.isdecimal() else name
-        text = first_of(row, TEXTS)
-        if name is None or text is None or (where in grades and not grades[where]):
-            problems.add("unreadable answers", where)
+        if name is None:
+            problems.add("answers without an id", where)
+        elif where in grades and not grades[where]:
+            problems.add(UNREADABLE, where)
         elif where in grades:
             told = row["text"].get("content")
             if len(grades[where]) < num_runs:
@@ -185,7 +186,7 @@ def answers(path: Path, problems: Problems) -> Iterator[Given]:
             if isinstance(told, list) and any(_number(text_of(one).split(" ")[0]) is None for one in told):
                 problems.add("answers whose verdicts cannot be read, graded as the file has it", where)
             yield Given(name, "", where, grades[where])
-        else:
+        elif (text := reply_in(row, where, problems)) is not None:
             yield Given(name, text, where)
 
 

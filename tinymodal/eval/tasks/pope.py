@@ -16,7 +16,7 @@ import numpy as np
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need, read_jsonl, text_of
-from tinymodal.eval.given import TEXTS, answer_rows, first_of
+from tinymodal.eval.given import answer_rows, first_of, reply_in
 from tinymodal.eval.rules.answers import yes_no
 
 SOURCE = "https://github.com/AoiDragon/POPE/blob/f3ec604337f1d1c9723ef8d01b4accacf8badb3d/evaluate.py"
@@ -61,14 +61,27 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
                 yield Question(Sample((Message("user", parts),), f"{split}/{name}"), row["label"], meta)
 
     def answers(path: Path) -> Iterator[Given]:
-        ids = _ids(folder, llava, problems)
+        asked, by_words = _asked(folder)
+        ids = _ids(llava, by_words, problems)
+        of_file = next((split for split in SPLITS if split in path.name), None)
+        in_turn = {split: iter([one for one in asked if one.startswith(f"{split}/")]) for split in SPLITS}
         for where, row in answer_rows(path, problems):
-            text = first_of(row, TEXTS)
-            name = first_of(row, ("question_id", "id"))
-            if text is None or name is None:
-                problems.add("unreadable answers", where)
-            else:
-                yield Given(ids.get(name, name), text, where)
+            words, name = first_of(row, ("prompt", "question")), first_of(row, ("question_id", "id"))
+            split = next((row[key] for key in ("category", "split") if row.get(key) in SPLITS), of_file)
+            if name is not None:
+                ours = [at for at in (f"{split}/{name}", ids.get(name), name) if at in asked]
+                fit = [at for at in ours if words is None or asked[at] in words]
+                name = next(iter((*fit, *ours)), name)
+            elif split is not None and words is not None:
+                name = next(
+                    in_turn[split], None
+                )  # the authors' own: a line for each question, in their order
+            if name is None:
+                problems.add("answers that do not tell their question", where)
+            elif name in asked and words is not None and asked[name] not in words:
+                problems.add("answers to other words than their question's", f"{where}: {words[:80]!r}")
+            elif (text := reply_in(row, where, problems)) is not None:
+                yield Given(name, text, where)
 
     return Benchmark(
         name="pope",
@@ -84,19 +97,24 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
     )
 
 
-def _ids(folder: Path, llava: Path | None, problems: Problems) -> dict[str, str]:
-    """LLaVA's id of a question -> ours, by split, picture and words."""
-    if llava is None:
-        return {}
-    ours: dict[tuple[Any, Any, Any], str] = {}
+def _asked(folder: Path) -> tuple[dict[str, str], dict[tuple[Any, ...], str]]:
+    """The words of each question by our id, and the id by split, picture and words."""
+    asked, by_words = {}, {}
     for split, file in zip(SPLITS, LABELS, strict=True):
         for _, row in read_jsonl(need(folder, file, "pope"), Problems()):
-            ours[split, row.get("image"), row.get("text")] = f"{split}/{row.get('question_id')}"
+            name = f"{split}/{row.get('question_id')}"
+            asked[name] = text_of(row.get("text"))
+            by_words[split, row.get("image"), row.get("text")] = name
+    return asked, by_words
+
+
+def _ids(llava: Path | None, by_words: dict[tuple[Any, ...], str], problems: Problems) -> dict[str, str]:
+    """LLaVA's id of a question -> ours."""
     found = {}
-    for _, row in read_jsonl(llava, problems):
-        asked = row.get("category"), row.get("image"), text_of(row.get("text")).removesuffix(SHORT)
-        if asked in ours:
-            found[str(row["question_id"])] = ours[asked]
+    for _, row in read_jsonl(llava, problems) if llava else ():
+        words = text_of(row.get("text")).removesuffix(SHORT)
+        if (name := by_words.get((row.get("category"), row.get("image"), words))) is not None:
+            found[text_of(row.get("question_id"))] = name
     return found
 
 

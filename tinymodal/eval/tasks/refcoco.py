@@ -30,7 +30,7 @@ import numpy as np
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need, parts_of, read_rows, text_of
-from tinymodal.eval.given import answer_rows, first_of
+from tinymodal.eval.given import answer_rows, first_of, reply_in
 from tinymodal.eval.rules.boxes import Box, iou, read_box
 
 REPOSITORY = "https://github.com/Vision-CAIR/MiniGPT-4/blob/45c07e56034412d4d26fcdd382e51434a7ae4ad3"
@@ -101,17 +101,19 @@ def open_folder(name: str, folder: Path, problems: Problems) -> Benchmark:
         for file in sorted(path.glob("*.json*")) if path.is_dir() else [path]:
             named = [split for split in SPLITS[name] if file.name.partition(".")[0].endswith(f"_{split}")]
             for where, row in answer_rows(file, problems):
-                thing, text = first_of(row, ("id", "question_id")), first_of(row, ("text", "reply"))
-                if thing is None or text is None:
-                    problems.add("unreadable answers", where)
+                thing = first_of(row, ("id", "question_id"))
+                if thing is None:
+                    problems.add("answers without an id", where)
                     continue
                 keys = (f"{split}/{thing}" for split in named or SPLITS[name])
                 of = next((ids[key] for key in keys if key in ids), [thing])
-                replies = row["text"] if isinstance(row.get("text"), list) else [text]
-                for number, reply in enumerate(replies):
+                # A reply to each phrase of a thing may be told in a list.
+                each = [{"text": one} for one in row["text"]] if isinstance(row.get("text"), list) else [row]
+                for number, one in enumerate(each):
                     which = of[number] if number < len(of) else f"{thing}/{number}"
-                    answered.add(which)
-                    yield Given(which, text_of(reply), where)
+                    if (text := reply_in(one, where, problems, ("text", "reply"))) is not None:
+                        answered.add(which)
+                        yield Given(which, text, where)
 
     def score(question: Question, reply: str) -> Score:
         if answered and question.sample.id not in answered:

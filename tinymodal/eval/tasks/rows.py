@@ -2,7 +2,8 @@
 
 A row is ``{"image", "question", "answer"}``. ``image`` is a path beside the file, a list of them, or null.
 With ``audio``, a path too, it is played behind the pictures, and is the question where there is no other.
-Rows with a ``kind`` (any word but ``mean``) are also told apart by it. Where exact match is not the right
+Rows with a ``kind`` (any word but ``mean``) are also told apart by it, and an ``id`` names the question in
+what is written and in answers made elsewhere. Where exact match is not the right
 score, write a ``my_bench.py`` with a ``BENCHMARK`` of your own instead.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Text
 from tinymodal.eval.benchmark import MEAN, Benchmark, Problems, Question, Score, by_category, mean
+from tinymodal.eval.given import first_of
 from tinymodal.eval.rules.answers import exact
 
 MAX_NEW_TOKENS = 64
@@ -62,7 +64,12 @@ def _questions(path: Path, problems: Problems) -> Iterator[Question]:
                 f"{sample.id}: kind is {MEAN!r}, which names the mean of all kinds; expected another word. "
                 f"Rename it"
             )
-        yield Question(replace(sample, messages=tuple(asked)), answer, {"kind": str(kind)} if kind else {})
+        # By its own name, or by file and line: wherever it is asked from, it is the same question.
+        own = first_of(rows.row(i), ("question_id", "id"))
+        name = sample.id.replace(str(path), path.name) if own is None else own
+        yield Question(
+            replace(sample, messages=tuple(asked), id=name), answer, {"kind": str(kind)} if kind else {}
+        )
 
 
 def _reduce(scores: Sequence[Score]) -> dict[str, float]:

@@ -109,15 +109,20 @@ def _from_authors(
     known = read_json(need(folder, PROBLEMS, "scienceqa"))
     splits, llava = (find_file(folder, *file.patterns) for file in (SPLITS, ASKED))
     asked = {text_of(row.get("id")): row for _, row in read_rows(llava, problems)} if llava else {}
-    names = [name for name, row in known.items() if row.get("split", SPLIT) == SPLIT]
+    names = [
+        name for name, row in known.items() if not isinstance(row, dict) or row.get("split", SPLIT) == SPLIT
+    ]
     for name in read_json(splits)[SPLIT] if splits else names:
         if name not in known:
             problems.add("questions of the split that are no problem", name)
             continue
         row, words = known[name], ""
+        if not isinstance(row, dict):
+            problems.add("questions without choices or answer", f"{name}: no object")
+            continue
         has_picture = bool(row.get("image"))
         if turns := asked.get(name, {}).get("conversations"):
-            words, has_picture = turns[0]["value"], "image" in asked[name]
+            words, has_picture = text_of(turns[0].get("value")), "image" in asked[name]
         elif llava:
             problems.add("questions that LLaVA's file does not ask", name)
         yield name, row, words, folder / "images" / SPLIT / name / "image.png" if has_picture else None

@@ -19,8 +19,8 @@ import numpy as np
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import need, parts_of, read_json, read_rows, text_of
-from tinymodal.eval.rules.choices import DIRECTLY, id_of, lettered, option_lines, picture, said_rows
+from tinymodal.eval.files import id_of, need, parts_of, read_json, read_rows, text_of
+from tinymodal.eval.rules.choices import DIRECTLY, lettered, option_lines, picture, said_rows
 
 SOURCE = "https://github.com/haotian-liu/LLaVA/blob/524a75b74254717057ee196b507668ebd314a280/scripts/convert_seed_for_submission.py"
 QUESTIONS = File(

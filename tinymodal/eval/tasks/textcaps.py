@@ -24,7 +24,7 @@ import numpy as np
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import need, parts_of, read_json, read_rows, text_of
-from tinymodal.eval.given import answer_rows, first_of
+from tinymodal.eval.given import answer_rows, first_of, reply_in
 from tinymodal.eval.rules.captions import TOP, Cider, bleu, words
 
 SOURCE = "https://pypi.org/project/pycocoevalcap/1.2/"
@@ -63,11 +63,12 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         seen = set()
         for where, row in answer_rows(path, problems):
             name = first_of(row, ("image_id", "question_id", "id", "image"))
-            text = first_of(row, ("caption", "text", "reply", "prediction", "answer"))
-            if name is None or text is None:
-                problems.add("unreadable answers", where)
+            if name is None:
+                problems.add("answers without an id", where)
+                continue
+            text = reply_in(row, where, problems, ("caption", "text", "reply", "prediction", "answer"))
             # Predictions for each reference of a picture, as M4C-Captioner writes them, are one.
-            elif (name, text) not in seen:
+            if text is not None and (name, text) not in seen:
                 seen.add((name, text))
                 yield Given(name.removesuffix(".jpg"), text, where)
 
