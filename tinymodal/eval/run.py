@@ -3,8 +3,9 @@
 ``FOLDER/NAME.replies.jsonl`` gets one row per question as it is answered. A run that was stopped goes on
 where it was; what another model said, or the same one with other settings or about another question or
 picture, is asked again, never mixed in. When all are answered the rows lie in the order of the questions: the
-same file, however often the run was stopped and however many processes asked. ``FOLDER/results.json`` gets
-the numbers, those of one model. See :mod:`tinymodal.eval.folder`.
+same file, however often the run was stopped and however many processes asked. Where a language model grades,
+a row's score is null until the last of these runs had it graded. ``FOLDER/results.json`` gets the numbers,
+those of one model. See :mod:`tinymodal.eval.folder`.
 """
 
 from __future__ import annotations
@@ -258,8 +259,7 @@ def _result(
         }
         scores = grade(benchmark, asked, given, problems, how.judge)
         for question, one, score in zip(asked, said, scores, strict=True):
-            if score is not None:
-                rows[question.sample.id] |= _scored(question, one, score)
+            rows[question.sample.id] |= _scored(question, one, score)
         write_atomically(path, "".join(map(line, rows.values())))
     answered = tuple(
         Answered(question, one.text, score, one.heard)
@@ -351,7 +351,10 @@ def _heard(benchmark: Benchmark, replies: Sequence[Reply]) -> list[Said]:
     return [Said(reply.text, words) for reply, words in zip(replies, heard, strict=True)]
 
 
-def _score(benchmark: Benchmark, question: Question, said: Said) -> Score:
+def _score(benchmark: Benchmark, question: Question, said: Said) -> Score | None:
+    """What the reply is worth; None where that is for a judge to say, see :func:`_result`."""
+    if benchmark.judge is not None:
+        return None
     text = said.text
     if said.heard is not None:
         question = replace(question, answer=said.text, meta={**question.meta, "reference": said.text})
@@ -359,13 +362,13 @@ def _score(benchmark: Benchmark, question: Question, said: Said) -> Score:
     return replace(benchmark.score(question, text), meta=question.meta)
 
 
-def _scored(question: Question, said: Said, score: Score) -> dict[str, Any]:
-    """The part of a row that a reply's score decides."""
+def _scored(question: Question, said: Said, score: Score | None) -> dict[str, Any]:
+    """The part of a row that a reply's score decides; without one ``score`` is null."""
     return {
         "answer": question.answer,
-        "parsed": score.parsed,
-        "score": score.value,
-        "meta": dict(score.meta),
+        "parsed": "" if score is None else score.parsed,
+        "score": None if score is None else score.value,
+        "meta": dict(question.meta if score is None else score.meta),
         **({} if said.heard is None else {"heard": said.heard}),
     }
 
@@ -375,7 +378,7 @@ def _absorb(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Q
 
     A row counts where model, settings, question and answer are the same; its score is that of now. The
     questions' order comes first. Rows of the same model about questions that are not asked now (``--limit``)
-    stay behind them.
+    stay behind them, without a grade: it may be that of another judge.
     """
     order = {question.sample.id: i for i, question in enumerate(questions)}
     parts = sorted(path.parent.glob(rank_path(path, None).name))
@@ -388,9 +391,10 @@ def _absorb(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Q
             question = questions[order[name]]
             if (row["answer"], row["digest"]) != (question.answer, _digest(question)):
                 continue
-            if benchmark.judge is None:
-                said = Said(row["reply"], row.get("heard"))
-                row |= _scored(question, said, _score(benchmark, question, said))
+            said = Said(row["reply"], row.get("heard"))
+            row |= _scored(question, said, _score(benchmark, question, said))
+        elif benchmark.judge is not None:
+            row |= {"parsed": "", "score": None}
         kept[name] = order.get(name, len(order)), line(row)
     write_atomically(path, "".join(text for _, text in sorted(kept.values(), key=lambda pair: pair[0])))
     for part in parts:
