@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinymodal.eval.benchmark import MEAN, Benchmark, Metrics, Problems, Question, Score, best_constants, mean
 from tinymodal.eval.intervals import Interval, interval, mean_sums
+from tinymodal.eval.own import numbers
 from tinymodal.eval.speaking import Timing
 
 if TYPE_CHECKING:
@@ -53,13 +54,18 @@ class Result:
 
     @functools.cached_property
     def numbers(self) -> dict[str, float]:
-        return self.benchmark.reduce([row.score for row in self.answered])
+        made: dict[str, float] = numbers(self.benchmark, self.benchmark.reduce, self.scores)
+        return made
+
+    @property
+    def scores(self) -> list[Score]:
+        return [row.score for row in self.answered]
 
     @functools.cached_property
     def metrics(self) -> Metrics:
         """The numbers as the official scorer prints them; None, and a problem noted, for one not finite."""
         report = self.benchmark.report
-        made = self.numbers if report is None else report([row.score for row in self.answered])
+        made = self.numbers if report is None else numbers(self.benchmark, report, self.scores)
         for path, value in flat(made).items():
             if not math.isfinite(value):
                 self.problems.add(NOT_FINITE, f"{path} is {value}")
@@ -69,7 +75,7 @@ class Result:
     @functools.cached_property
     def interval(self) -> Interval | None:
         """95 % of the headline; None where it cannot be told."""
-        scores = [row.score for row in self.answered]
+        scores = self.scores
         if not scores:
             return None
         if self.benchmark.sums is not None:
@@ -156,13 +162,13 @@ def _table(group: Sequence[Result]) -> Table:
     if constant:
         table.add_column("best constant", justify="right", style="dim")
     flats = [flat(summary["metrics"]) for summary in summaries]
-    keys = list(dict.fromkeys(key for numbers in flats for key in numbers))
+    keys = list(dict.fromkeys(key for found in flats for key in found))
     if constant or MEAN in keys:
         keys = [*(key for key in keys if key != MEAN), MEAN]
     for key in keys:
         if key == MEAN:
             table.add_section()
-        cells = [cell(numbers.get(key), official) for numbers in flats]
+        cells = [cell(found.get(key), official) for found in flats]
         if constant:
             values = [c["accuracy"] for c in constant.values()]
             cells.append(cell(constant[key]["accuracy"] if key in constant else sum(values) / len(values)))

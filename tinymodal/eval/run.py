@@ -35,6 +35,7 @@ from tinymodal.eval.folder import (
 from tinymodal.eval.folder import write_atomically as write_atomically
 from tinymodal.eval.given import unique
 from tinymodal.eval.names import benchmarks
+from tinymodal.eval.own import checked
 from tinymodal.eval.protocol import protocol_of
 from tinymodal.eval.results import Answered, Result
 from tinymodal.eval.score import grade
@@ -107,11 +108,11 @@ def evaluate(
         RecipeError: an unknown benchmark.
         CheckpointError: replies are to be spoken by a model that does not speak.
         DataError: no question that can be asked; two benchmarks of one name; a folder that another process
-            writes into, or that holds other things under our files' names.
+            writes into, or that holds other things under our files' names; a scorer of the user's that fails.
     """
     from tinymodal.infer.engine import Engine
 
-    found = benchmarks(names, data)
+    found = [checked(each) for each in benchmarks(names, data)]
     if spoken:
         found = [aloud(each, listener, voice=voice, name=each.name if each.aloud else "") for each in found]
     engine = Engine(composed)
@@ -120,13 +121,15 @@ def evaluate(
     with _ours(folder, world):
         for each in found:
             read_rows(replies_path(folder, each.name))  # refused now, not when its turn comes in an hour
-        told = read_summaries(path)
-        asked = [_ask(each, engine, folder, how, each.name) for each in found]
-        results = [result for result in asked if result is not None]
-        told |= {result.benchmark.name: result.summary() for result in results}
         mark = fingerprint(engine)  # numbers of other weights would be taken for this model's
-        told = {name: summary for name, summary in told.items() if summary["run"] == mark}
-        if world.main:
+        told = {name: summary for name, summary in read_summaries(path).items() if summary["run"] == mark}
+        results = []
+        for each in found:
+            if (result := _ask(each, engine, folder, how, each.name)) is None:
+                continue
+            results.append(result)
+            told[each.name] = result.summary()
+            # Now, not at the end: the next one may fail, or take hours and be killed.
             write_atomically(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return results
 
@@ -154,6 +157,7 @@ def run(
         DataError: no question that can be asked; a folder that another process writes into; a file of the
             name of ours that is not ours.
     """
+    benchmark = checked(benchmark)
     with alone(folder):
         found = _ask(benchmark, engine, folder, Asking(limit, batch_size), title or benchmark.name)
     assert found is not None  # one process, the first
