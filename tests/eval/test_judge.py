@@ -37,7 +37,7 @@ def completion(text, usage=(100, 3), model="judge-1"):
 class Endpoint:
     """An OpenAI endpoint on this computer; ``answer(body, number)`` -> (status, headers, value or bytes)."""
 
-    def __init__(self, answer):
+    def __init__(self, answer, port=0):
         self.bodies, self.headers, self.times, self.paths = [], [], [], []
         lock = threading.Lock()
         endpoint = self
@@ -72,9 +72,10 @@ class Endpoint:
             def log_message(self, *args):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self.server.server_address[1]
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self):
         # Looks for the end often: the default half second would be most of a test.
@@ -202,7 +203,7 @@ def test_what_was_judged_is_kept_when_the_endpoint_fails_for_good_and_the_rest_g
     said = capsys.readouterr().err.replace("\n", " ")
     assert "7 of 12 replies have no verdict" in said
     assert "HTTP 500" in said
-    with Endpoint(lambda *_: completion("0.5")) as endpoint:
+    with Endpoint(lambda *_: completion("0.5"), endpoint.port) as endpoint:
         scores = judge(endpoint.url, tmp_path).grade_all(JUDGING, ASKED, problems := Problems())
         assert len(endpoint.bodies) == 7
     assert [score.value for score in scores] == [0.5] * 12
@@ -389,7 +390,7 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_again_as_mm_vets_scorer_does
         assert endpoint.asked == ["q0 hello", *["q0 hello A number!"] * 4]
         assert problems.counts == {UNREAD: 1}
         judge(endpoint.url, tmp_path).grade(judging, *ASKED[0], Problems())
-        assert len(endpoint.bodies) == 5, "what could not be read is asked again by the next run"
+        assert len(endpoint.bodies) == 10, "what could not be read is not asked again by the next run"
 
 
 def test_the_first_verdict_that_can_be_read_counts(tmp_path):
@@ -400,6 +401,52 @@ def test_the_first_verdict_that_can_be_read_counts(tmp_path):
         score = judge(endpoint.url, tmp_path).grade(JUDGING, *ASKED[0], Problems())
     assert score.value == 0.25
     assert [body["temperature"] for body in endpoint.bodies] == [0, 0.5]
+
+
+def test_an_empty_verdict_is_not_kept_and_a_readable_one_behind_it_is_not_asked_for_again(tmp_path):
+    with Endpoint(lambda _, number: completion(None if number == 1 else "0.25")) as endpoint:
+        for _ in range(2):
+            assert judge(endpoint.url, tmp_path).grade(JUDGING, *ASKED[0], Problems()).value == 0.25
+        assert len(endpoint.bodies) == 2
+        (row,) = map(json.loads, (tmp_path / "judge.jsonl").read_text().splitlines())
+        assert (row["verdict"], row["temperature"]) == ("0.25", 0.5)
+
+
+def test_a_reply_whose_verdicts_could_not_be_read_is_judged_by_the_next_run_and_then_kept(tmp_path):
+    with Endpoint(lambda _, number: completion("well..." if number <= 5 else "1")) as endpoint:
+        first = judge(endpoint.url, tmp_path)
+        assert first.grade_all(JUDGING, ASKED[:1], Problems()) == [None]
+        assert first.grade_all(JUDGING, ASKED[:1], Problems()) == [None]
+        assert len(endpoint.bodies) == 5, "one run asks twice"
+        for _ in range(2):
+            assert judge(endpoint.url, tmp_path).grade(JUDGING, *ASKED[0], Problems()).value == 1
+        assert len(endpoint.bodies) == 6
+
+
+def test_verdicts_of_another_endpoint_are_not_taken_for_those_of_this_one(tmp_path):
+    with Endpoint(lambda *_: completion("0")) as one, Endpoint(lambda *_: completion("1")) as other:
+        grades = [
+            judge(each.url, tmp_path).grade(JUDGING, *ASKED[0], Problems()).value
+            for each in (one, other, one)
+        ]
+        assert (len(one.bodies), len(other.bodies)) == (1, 1)
+    assert grades == [0, 1, 0]
+
+
+def test_results_name_who_gave_the_kept_verdicts(tmp_path):
+    with Endpoint(lambda *_: completion("1")) as endpoint:
+        judge(endpoint.url, tmp_path).grade(JUDGING, *ASKED[0], Problems())
+        resumed = judge(endpoint.url, tmp_path)
+        assert resumed.told(JUDGING)["answered_by"] == []
+        resumed.grade(JUDGING, *ASKED[0], Problems())
+        assert resumed.told(JUDGING)["answered_by"] == ["judge-1"]
+
+
+@pytest.mark.parametrize("given", [KEY, "", "MY KEY", "1KEY", "A=B", "KEY\n"])
+def test_what_is_no_variables_name_is_refused_without_showing_it(tmp_path, given):
+    with pytest.raises(RecipeError, match="expected the name of the environment variable") as error:
+        judge("http://localhost/v1", tmp_path, key_from=given)
+    assert KEY not in str(error.value)
 
 
 def test_a_question_that_lacks_what_a_judge_needs_is_named_and_not_sent(tmp_path):
@@ -448,14 +495,14 @@ def test_a_process_killed_while_it_judges_goes_on_with_what_is_not_judged(tmp_pa
     lines = file.read_text().splitlines()
     assert len(lines) == 5
     file.write_text("\n".join(lines)[:-20])  # and the last of them only half
-    with Endpoint(lambda *_: completion("0.5")) as endpoint:
+    with Endpoint(lambda *_: completion("0.5"), endpoint.port) as endpoint:
         scores = judge(endpoint.url, tmp_path).grade_all(JUDGING, ASKED, problems := Problems())
         assert len(endpoint.bodies) == 12 - 4
     done = {json.loads(line)["question"] for line in lines[:4]}
     assert not done & {asked.split()[0] for asked in endpoint.asked}
     assert [score.value for score in scores] == [0.5] * 12
     assert not problems
-    with Endpoint(lambda *_: completion("0.5")) as endpoint:
+    with Endpoint(lambda *_: completion("0.5"), endpoint.port) as endpoint:
         judge(endpoint.url, tmp_path).grade_all(JUDGING, ASKED, Problems())
         assert not endpoint.bodies
 
@@ -477,7 +524,7 @@ def test_a_file_cut_anywhere_gives_all_verdicts_before_the_cut(verdicts, tmp_pat
     found = judges._read_verdicts(path)
     num_whole = cut.count(b"\n")
     assert num_whole <= len(found) <= num_whole + 1
-    assert set(found.values()) <= {"0.5 \u2028 \ud800 ¼"}
+    assert set(found.values()) <= {("0.5 \u2028 \ud800 ¼", "judge-1")}
     with path.open("ab") as file:
         file.write(verdicts)
     assert len(judges._read_verdicts(path)) == 4, "a line that was written behind half a line is lost"

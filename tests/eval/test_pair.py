@@ -133,6 +133,18 @@ def test_rows_are_joined_by_id_and_what_only_one_answered_is_counted_and_left_ou
     assert "2 questions that only b answered are left out." in notes(pair)
 
 
+def test_replies_without_a_grade_are_left_out_counted_and_named_and_not_taken_for_wrong(folder):
+    a = folder("a", opinions=[row("q0", 1), row("q1", None), row("q2", 0.5), row("only", 1)])
+    b = folder("b", opinions=[row("q0", 1), row("q1", 1), row("q2", None)])
+    pair = compare(a, b, "opinions")
+    assert [first.id for first, _ in pair.rows] == ["q0"]
+    assert (pair.whole.first, pair.whole.second, pair.alone) == (1, 1, (1, 0))
+    assert pair.ungraded == (("q1",), ("q2",))
+    assert "1 replies of a without a grade are left out: 'q1'." in notes(pair)
+    told = pair.summary()
+    assert (told["first_ungraded"], told["second_ungraded"]) == (1, 1)
+
+
 def test_scores_with_parts_count_as_right_from_half_and_as_better_by_any_part(folder):
     first, second = [0.3, 0.6, 0.9, 0.0], [0.5, 0.9, 0.9, 0.3]
     gap = compare(folder("a", vqa=scores(first)), folder("b", vqa=scores(second)), "vqa").whole
@@ -254,7 +266,8 @@ def test_what_is_no_evaluation_is_refused(folder, tmp_path):
     [
         ([row("x", 1), row("x", 0)], "two rows answer 'x'; expected one"),
         ([row("x", 1), row("y", 1, run="two/64")], r"holds replies of 2 runs \(one/64, two/64\)"),
-        ([row("x", None)], "'x': score is None"),
+        ([row("x", "1")], "'x': score is '1'"),
+        ([row("x", None)], "none of 1 replies to pope has a grade"),
         ([row("x", math.nan)], "'x': score is nan"),
         ([row("x", 1, meta="colour")], "'x': score is 1 and meta 'colour'"),
         ([], "no replies to pope"),

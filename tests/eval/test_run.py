@@ -1,6 +1,7 @@
 """A run asks every question once, writes everything down, and goes on where it was stopped."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import DataError, RecipeError, TinyModalError
 from tinymodal.core.types import Audio, Image, Message, Sample, Text
-from tinymodal.eval.benchmark import Benchmark, Question, Score, by_category
+from tinymodal.eval.benchmark import Benchmark, Judging, Question, Score, by_category
 from tinymodal.eval.folder import LOCK, digest, fingerprint
 from tinymodal.eval.names import benchmark, benchmarks
 from tinymodal.eval.results import tables
@@ -478,3 +479,73 @@ def test_results_tell_how_they_were_made(model, tmp_path):
     assert protocol["image"]["preparation"]
     # Only a part was asked: such a number is no result of the benchmark.
     assert (told["n"], told["limit"], told["complete"]) == (3, 3, False)
+
+
+# Graded by a language model
+
+
+class Grader:
+    """A judge that gives each reply one grade, but for the questions it leaves open."""
+
+    def __init__(self, value: float, *open_ones: str) -> None:
+        self.value, self.open_ones = value, open_ones
+
+    def grade_all(self, judging, asked, problems):
+        return [None if q.sample.id in self.open_ones else Score(self.value, "graded") for q, _ in asked]
+
+    def told(self, judging):
+        return {}
+
+    def bill(self):
+        return "judge: nothing"
+
+
+def test_replies_without_a_grade_have_no_score_in_their_rows_nor_that_of_an_earlier_judge(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tinymodal.infer.engine.Engine", lambda composed: Parrot(model))
+    judged = colours(lambda: questions(3), judge=Judging(prompt=lambda *_: [{}], read=exact))
+    monkeypatch.setattr("tinymodal.eval.run.benchmarks", lambda *_: [judged])
+
+    def rows(judge=None, limit=None):
+        evaluate(model, ["colours"], folder=tmp_path, judge=judge, limit=limit)
+        lines = (tmp_path / "colours.replies.jsonl").read_text().splitlines()
+        return [(row["score"], row["parsed"]) for row in map(json.loads, lines)]
+
+    assert rows() == [(None, "")] * 3
+    assert rows(Grader(0.5)) == [(0.5, "graded")] * 3
+    assert rows(Grader(1.0, "q1")) == [(1.0, "graded"), (None, ""), (1.0, "graded")]
+    assert rows(Grader(0.25), limit=1) == [(0.25, "graded"), (None, ""), (None, "")]
+
+
+# Code of the user's own
+
+
+def test_a_scorer_that_fails_is_told_with_benchmark_question_and_reason(model, tmp_path):
+    def broken(question, reply):
+        return Score(1.0) if question.sample.id != "q2" else {}["colour"]
+
+    with pytest.raises(DataError, match="colours: its scorer fails at question 'q2': KeyError: 'colour'"):
+        run(replace(colours(), score=broken), Parrot(model), tmp_path)
+    for nothing, shown in ((Score(math.nan), "nan"), (None, "None"), (0.5, "0.5")):
+        odd = replace(colours(), score=lambda *_, made=nothing: made)
+        with pytest.raises(DataError, match=rf"makes .*{shown}.* of question 'q0'; expected Score"):
+            run(odd, Parrot(model), tmp_path / shown)
+    with pytest.raises(DataError, match="colours: its numbers over 10 scores fail: ZeroDivisionError"):
+        _ = run(replace(colours(), reduce=lambda _: 1 / 0), Parrot(model), tmp_path / "x").numbers
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "", ".", "..", "a\\b", "a\nb"])
+def test_a_benchmark_whose_name_is_no_plain_file_name_is_refused(model, tmp_path, name):
+    with pytest.raises(DataError, match="expected one without folders"):
+        run(colours(name=name), Parrot(model), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_are_written_after_each_benchmark_so_that_the_next_may_fail(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinymodal.infer.engine.Engine", lambda composed: Parrot(model))
+    both = [colours(), colours(lambda: [], name="empty")]
+    monkeypatch.setattr("tinymodal.eval.run.benchmarks", lambda *_: both)
+    with pytest.raises(DataError, match="empty: no questions"):
+        evaluate(model, ["colours", "empty"], folder=tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["colours"]["n"] == 10

@@ -14,7 +14,7 @@ from tests.infer.test_engine import SHORT, Hum, speaking
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import CheckpointError, DataError
 from tinymodal.core.types import Message, Sample, Text
-from tinymodal.eval.benchmark import Listener
+from tinymodal.eval.benchmark import Judging, Listener
 from tinymodal.eval.folder import fingerprint
 from tinymodal.eval.results import tables
 from tinymodal.eval.run import evaluate, run
@@ -154,6 +154,21 @@ def test_the_way_there_and_back_is_a_benchmark_by_name(tmp_path, monkeypatch):
     assert set(told) == {"one-aloud"}
     assert told["one-aloud"]["metric"] == METRIC
     assert told["one-aloud"]["metrics"] == result.numbers
+
+
+def test_a_benchmark_with_numbers_and_a_judge_of_its_own_may_be_spoken(mouth, tmp_path):
+    """They are about what is written, and know nothing of transcripts."""
+
+    def never(*_):
+        raise KeyError("reference")
+
+    own = {"report": never, "sums": never, "submit": never, "unanswered": "wrong", "family": "pair"}
+    judged = Judging(prompt=never, read=never)
+    test = aloud(colours(lambda: questions(2), max_new_tokens=3, judge=judged, **own), Deaf("one"))
+    assert (test.judge, test.submit, test.unanswered) == (None, None, "left out")
+    told = run(test, mouth, tmp_path).summary()
+    assert set(told["metrics"]) == {"wer", "cer"}
+    assert "judge" not in told["protocol"]
 
 
 def test_a_table_of_errors_says_that_lower_is_better_and_shows_no_constant(mouth, tmp_path):

@@ -1,9 +1,10 @@
 """A judge: a language model behind any OpenAI-compatible endpoint that grades replies.
 
-Every verdict is written to ``FOLDER/judge.jsonl`` the moment it comes, one line each, and is never asked for
-again: what was judged is kept when the endpoint fails or the process is killed, and the next run goes on with
-the rest. A line is known by a hash of model, messages, temperature and length; another model or prompt asks
-anew. The endpoint's key comes from the environment, and is in no file and no message.
+Every verdict is written to ``FOLDER/judge.jsonl`` the moment it comes, one line each, and one that can be
+read is never asked for again: what was judged is kept when the endpoint fails or the process is killed, and
+the next run goes on with the rest. A line is known by a hash of address, model, messages, temperature and
+length; another judge or prompt asks anew. The endpoint's key comes from the environment, and is in no file
+and no message.
 
 A request is tried again where trying can help (a time-out, HTTP 408, 409, 429, 5xx), with waits that double
 and the ``Retry-After`` that the endpoint asks for; refused for good, the judge stops and says why.
@@ -18,6 +19,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import ssl
 import threading
 import time
@@ -52,6 +54,7 @@ IN_A_ROW = 3
 """Questions that failed after all tries, with no success between: the endpoint is down."""
 REFUSED_IN_A_ROW = 20
 """The same of requests that are refused at once, where the question itself may be what is refused."""
+VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 SECRET = 8
 """Shorter keys are stand-ins such as ``EMPTY``; hiding those would hide words of verdicts."""
 
@@ -74,6 +77,20 @@ class _Verdict(NamedTuple):
     """Who the endpoint says it was."""
     tokens: tuple[int, int] | None
     """Of prompt and reply; None where the endpoint does not tell."""
+
+
+class _Kept(NamedTuple):
+    """A line of :data:`VERDICTS`."""
+
+    text: str
+    model: str
+    """Who the endpoint said it was."""
+
+
+class _Request(NamedTuple):
+    body: dict[str, Any]
+    key: str
+    """The hash that its verdict is known by."""
 
 
 class _Outcome(NamedTuple):
@@ -119,8 +136,15 @@ class Judge:
             price: of a million tokens of prompts and of replies, in any currency.
 
         Raises:
-            RecipeError: ``base_url`` is no http address, or holds a key; the key holds what no header can.
+            RecipeError: ``base_url`` is no http address, or holds a key; ``key_from`` is no variable's name;
+                the key holds what no header can.
         """
+        if not VARIABLE.fullmatch(key_from):
+            # Not shown: it may be the key.
+            raise RecipeError(
+                f"the judge's key: expected the name of the environment variable that holds it, such as "
+                f"{KEY_FROM}, found something else. Set a variable to the key, and give its name."
+            )
         self.url, local = _endpoint(base_url)
         self.model, self.path, self.price = model, folder / VERDICTS, price
         self.parallel, self.timeout_s, self.tries = max(1, parallel), timeout_s, max(1, tries)
@@ -132,7 +156,10 @@ class Judge:
         proxies = [urllib.request.ProxyHandler({})] if local else []
         self._opener = urllib.request.build_opener(_Stay, *proxies)
         self._open = not local and self.url.startswith("http://")
-        self._kept: dict[str, str] | None = None
+        self._verdicts: dict[str, _Kept] = {}
+        self._has_read = False
+        self._asked: set[str] = set()
+        self._kept_models: set[str] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._why = ""
@@ -147,7 +174,7 @@ class Judge:
         return {
             "model": self.model or judging.model,
             "official_model": judging.model,
-            "answered_by": sorted(self._models),
+            "answered_by": sorted(self._models.keys() | self._kept_models),
             "endpoint": self.url,
             "wording": judging.wording,
             "temperature": judging.temperature,
@@ -186,7 +213,8 @@ class Judge:
         """
         if not asked:
             return []
-        self._kept = self._kept if self._kept is not None else _read_verdicts(self.path)
+        if not self._has_read:
+            self._verdicts, self._has_read = _read_verdicts(self.path), True
         if self._open:
             with_it = "The key and all" if self._key else "All"
             say(f"{self.url}: http is not encrypted. {with_it} that is judged can be read on the way there.")
@@ -221,19 +249,32 @@ class Judge:
 
     def _grade(self, judging: Judging, question: Question, reply: str) -> _Outcome:
         """One reply, judged until the verdict can be read."""
-        why = ""
-        for reading in range(READINGS):
+        try:
+            requests = self._requests(judging, question, reply)
+        except ValueError as error:
+            return _Outcome(None, str(error))
+        with self._lock:
+            kept = [self._verdicts.get(request.key) for request in requests]
+        for one in kept:
+            if one is None:
+                continue
             try:
-                messages = [dict(message) for message in judging.prompt(question, reply)]
-            except ValueError as error:
-                return _Outcome(None, str(error))
-            # Words that ask anew are tried before warmth is.
-            warmer = max(0, reading - 1) if judging.again else reading
-            if reading and judging.again:
-                messages[-1]["content"] += judging.again
-            temperature = min(HOTTEST, judging.temperature + WARMER * warmer)
+                score = judging.read(question, reply, one.text)
+            except ValueError:
+                continue
+            with self._lock:
+                self._num_kept += 1
+                self._kept_models.add(one.model)
+            return _Outcome(score)
+        # A reply whose every reading failed in an earlier run is judged as if it had not been.
+        left = [each for each, one in zip(requests, kept, strict=True) if one is None] or requests
+        why = "no verdict that can be read"
+        for request in left:
+            with self._lock:
+                if request.key in self._asked and request.key in self._verdicts:
+                    continue  # asked by this run, for a question with the same words
             try:
-                verdict = self._verdict(judging, messages, temperature, question.sample.id)
+                verdict = self._verdict(request, question.sample.id)
             except _Failed as error:
                 return _Outcome(None, str(error))
             try:
@@ -242,25 +283,30 @@ class Judge:
                 why = str(error)
         return _Outcome(None, why, UNREAD)
 
-    def _verdict(
-        self, judging: Judging, messages: list[dict[str, str]], temperature: float, name: str
-    ) -> str:
-        """What the judge writes, or has written before."""
-        assert self._kept is not None
-        body = {
-            "model": self.model or judging.model,
-            "messages": messages,
-            "temperature": temperature,
-            "max_tokens": judging.max_tokens,
-        }
-        sent = json.dumps(body).encode()
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        with self._lock:
-            if key in self._kept:
-                self._num_kept += 1
-                return self._kept[key]
+    def _requests(self, judging: Judging, question: Question, reply: str) -> list[_Request]:
+        """What is sent at each reading; ``ValueError``: something that a judge has to know is missing."""
+        found, prompt = [], judging.prompt(question, reply)
+        for reading in range(READINGS):
+            messages = [dict(message) for message in prompt]
+            # Words that ask anew are tried before warmth is.
+            warmer = max(0, reading - 1) if judging.again else reading
+            if reading and judging.again:
+                messages[-1]["content"] += judging.again
+            body = {
+                "model": self.model or judging.model,
+                "messages": messages,
+                "temperature": min(HOTTEST, judging.temperature + WARMER * warmer),
+                "max_tokens": judging.max_tokens,
+            }
+            asked = json.dumps([self.url, body], sort_keys=True)
+            found.append(_Request(body, hashlib.sha256(asked.encode()).hexdigest()))
+        return found
+
+    def _verdict(self, request: _Request, name: str) -> str:
+        """What the judge writes; kept, but for one that is empty."""
+        body, key = request
         try:
-            verdict = self._ask(sent, str(body["model"]))
+            verdict = self._ask(json.dumps(body).encode(), str(body["model"]))
         except _NotAsked:
             raise
         except _Failed as error:
@@ -276,13 +322,15 @@ class Judge:
             "question": name,
             "model": body["model"],
             "answered_by": verdict.model,
-            "temperature": temperature,
+            "temperature": body["temperature"],
             "verdict": verdict.text,
             "tokens": verdict.tokens,
         }
         with self._lock:
-            append(self.path, row)
-            self._kept[key] = verdict.text
+            if verdict.text.strip():
+                append(self.path, row)
+                self._verdicts[key] = _Kept(verdict.text, verdict.model)
+            self._asked.add(key)
             self._in_a_row = 0
             self._models[verdict.model] = self._models.get(verdict.model, 0) + 1
             self._num_untold += verdict.tokens is None
@@ -454,8 +502,8 @@ def _tokens(usage: object) -> tuple[int, int] | None:
     return (whole[0], whole[1]) if len(whole) == 2 else None
 
 
-def _read_verdicts(path: Path) -> dict[str, str]:
-    """Hash -> verdict of earlier runs. A half line that a kill left is closed, and counts for nothing.
+def _read_verdicts(path: Path) -> dict[str, _Kept]:
+    """Hash -> verdict of earlier runs. Empty ones, and the half line that a kill left, count for nothing.
 
     Raises:
         DataError: the file holds something else.
@@ -463,12 +511,14 @@ def _read_verdicts(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
-    found: dict[str, str] = {}
+    found: dict[str, _Kept] = {}
     begun = '{"key": "'
     for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line)
-            found[row["key"]] = str(row["verdict"])
+            key, verdict = row["key"], str(row["verdict"])
+            if verdict.strip():
+                found[key] = _Kept(verdict, str(row.get("answered_by") or row.get("model") or ""))
         except (ValueError, TypeError, LookupError):
             if line[: len(begun)] != begun[: len(line)]:
                 raise DataError(

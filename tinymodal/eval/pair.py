@@ -32,7 +32,7 @@ BELOW = "eval"
 SURE = 0.05
 """A p-value below it is a difference that luck would seldom make; as for intervals of 95 %."""
 NAMED = 3
-"""Of questions that are wrong in some way, named in an error."""
+"""Of questions that are wrong in some way, named in an error or a note."""
 
 
 class Row(NamedTuple):
@@ -86,6 +86,8 @@ class Pair:
     """Questions that only the first, only the second answered."""
     asked_otherwise: int
     """Questions with other words or other media in the two, as far as the rows tell."""
+    ungraded: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """Questions whose reply by the first, by the second has no grade; they are left out."""
     told: tuple[Mapping[str, Any], Mapping[str, Any]] = field(default=({}, {}))
     """What ``results.json`` tells of each; empty where it tells nothing of these replies."""
 
@@ -98,6 +100,8 @@ class Pair:
             "only_first_answered": self.alone[0],
             "only_second_answered": self.alone[1],
             "asked_otherwise": self.asked_otherwise,
+            "first_ungraded": len(self.ungraded[0]),
+            "second_ungraded": len(self.ungraded[1]),
         }
 
 
@@ -135,7 +139,7 @@ def compare(a: Path, b: Path, name: str) -> Pair:
         DataError: no replies to it, none in common, or questions that are not the same.
     """
     places, labels = [evaluation(folder) for folder in (a, b)], names_of([a, b])
-    (first, told_first), (second, told_second) = (_read(place, name) for place in places)
+    (first, no_first, told_first), (second, no_second, told_second) = (_read(place, name) for place in places)
     rows = tuple((row, second[row.id]) for row in first.values() if row.id in second)
     if not rows:
         raise DataError(
@@ -153,8 +157,12 @@ def compare(a: Path, b: Path, name: str) -> Pair:
         rows=rows,
         whole=gap(rows),
         kinds={kind: gap(found) for kind, found in kinds.items()} if len(kinds) > 1 else {},
-        alone=(len(first) - len(rows), len(second) - len(rows)),
+        alone=(
+            len(first.keys() - second.keys() - set(no_second)),
+            len(second.keys() - first.keys() - set(no_first)),
+        ),
         asked_otherwise=sum(bool(x.digest and y.digest) and x.digest != y.digest for x, y in rows),
+        ungraded=(no_first, no_second),
         told=(told_first, told_second),
     )
 
@@ -234,19 +242,30 @@ def _asked(folder: Path) -> list[str]:
     return [name for name in found if name in summaries] if summaries else found
 
 
-def _read(folder: Path, name: str) -> tuple[dict[str, Row], Mapping[str, Any]]:
-    """Replies by the ids of their questions, and what the results tell if they are about these replies."""
+def _read(folder: Path, name: str) -> tuple[dict[str, Row], tuple[str, ...], Mapping[str, Any]]:
+    """Graded replies by the ids of their questions, the ids of the others, and what the results tell of them.
+
+    Nothing where the results are about other replies.
+    """
     path = replies_path(folder, name)
     found: dict[str, Row] = {}
+    ungraded: dict[str, None] = {}
     runs: dict[str, None] = {}
     for each in read_rows(path):
-        row = _row(each, path)
-        if row.id in found:
+        if (key := str(each["id"])) in found or key in ungraded:
             raise DataError(
-                f"{path}: two rows answer {row.id!r}; expected one. Evaluate again, or take one out."
+                f"{path}: two rows answer {key!r}; expected one. Evaluate again, or take one out."
             )
-        found[row.id] = row
         runs[str(each["run"])] = None
+        if each["score"] is None:
+            ungraded[key] = None
+        else:
+            found[key] = _row(each, path)
+    if ungraded and not found:
+        raise DataError(
+            f"{path}: none of {len(ungraded):,} replies to {name} has a grade; expected those of a language "
+            f"model. Evaluate again with --judge."
+        )
     if not found:
         others = [other for other in _asked(folder) if other != name]
         raise DataError(
@@ -259,7 +278,8 @@ def _read(folder: Path, name: str) -> tuple[dict[str, Row], Mapping[str, Any]]:
             f"Let the evaluation run to its end."
         )
     summary = read_summaries(folder / RESULTS).get(name, {})
-    return found, summary if next(iter(runs)).startswith(str(summary.get("run"))) else {}
+    told = summary if next(iter(runs)).startswith(str(summary.get("run"))) else {}
+    return found, tuple(ungraded), told
 
 
 def _row(row: Mapping[str, Any], path: Path) -> Row:
@@ -290,6 +310,10 @@ def _check_same(rows: Iterable[tuple[Row, Row]], name: str, labels: Sequence[str
 
 def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(map(_short, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
 
 
 def _short(text: str) -> str:
@@ -323,6 +347,11 @@ def notes(pair: Pair) -> list[str]:
     for name, alone in zip(pair.models, pair.alone, strict=True):
         if alone:
             lines.append(f"{alone:,} questions that only {name} answered are left out.")
+    for name, ungraded in zip(pair.models, pair.ungraded, strict=True):
+        if ungraded:
+            lines.append(
+                f"{len(ungraded):,} replies of {name} without a grade are left out: {_named(ungraded)}."
+            )
     if pair.asked_otherwise:
         lines.append(f"{pair.asked_otherwise:,} questions were put to the two in other words or pictures.")
     for name, told_of in zip(pair.models, pair.told, strict=True):

@@ -7,12 +7,14 @@ prints them, of how many questions, whether nothing was missing, and by which ru
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tinymodal.eval.benchmark import MEAN, Benchmark, Metrics, Problems, Question, Score, best_constants, mean
 from tinymodal.eval.intervals import Interval, interval, mean_sums
+from tinymodal.eval.own import numbers
 from tinymodal.eval.speaking import Timing
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 ROWS = {"wer": "words (wer)", "cer": "characters (cer)"}
 """What a table calls some numbers."""
+NOT_FINITE = "numbers that are not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +54,37 @@ class Result:
 
     @functools.cached_property
     def numbers(self) -> dict[str, float]:
-        return self.benchmark.reduce([row.score for row in self.answered])
+        made: dict[str, float] = numbers(self.benchmark, self.benchmark.reduce, self.scores)
+        return made
+
+    @property
+    def scores(self) -> list[Score]:
+        return [row.score for row in self.answered]
 
     @functools.cached_property
     def metrics(self) -> Metrics:
-        """The numbers as the official scorer prints them."""
-        if self.benchmark.report is None:
-            return self.numbers
-        return self.benchmark.report([row.score for row in self.answered])
+        """The numbers as the official scorer prints them; None, and a problem noted, for one not finite."""
+        report = self.benchmark.report
+        made = self.numbers if report is None else numbers(self.benchmark, report, self.scores)
+        for path, value in flat(made).items():
+            if not math.isfinite(value):
+                self.problems.add(NOT_FINITE, f"{path} is {value}")
+        told: Metrics = _finite(made)
+        return told
 
     @functools.cached_property
     def interval(self) -> Interval | None:
         """95 % of the headline; None where it cannot be told."""
-        scores = [row.score for row in self.answered]
+        scores = self.scores
+        if not scores:
+            return None
         if self.benchmark.sums is not None:
-            return interval(self.benchmark.sums(scores)) if scores else None
-        if self.benchmark.report is not None or self.benchmark.reduce is not mean:
+            found = interval(self.benchmark.sums(scores))
+        elif self.benchmark.report is not None or self.benchmark.reduce is not mean:
             return None  # its headline need not be the mean of the values, or not in their unit
-        return interval(mean_sums(scores)) if scores else None
+        else:
+            found = interval(mean_sums(scores))
+        return found if found is not None and all(map(math.isfinite, found)) else None
 
     def summary(self) -> dict[str, Any]:
         """What ``results.json`` holds of it."""
@@ -124,6 +140,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 def _table(group: Sequence[Result]) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     first = group[0]
     single = len(group) == 1
@@ -132,36 +149,46 @@ def _table(group: Sequence[Result]) -> Table:
     lower = ", lower is better" if first.benchmark.lower_is_better else ""
     name = first.benchmark.name if single else first.benchmark.family
     unit = "" if official else " in %"
-    title = f"{name} ({first.benchmark.metric}{unit}{lower}{limited})"
+    # As Text: what comes from a file may look like markup.
+    title = Text(f"{name} ({first.benchmark.metric}{unit}{lower}{limited})", style="bold")
     # rich breaks a title where its table ends, and one of two rates is narrow.
-    table = Table(title=title, title_justify="left", title_style="bold", min_width=min(len(title), 80))
+    table = Table(title=title, title_justify="left", min_width=min(len(title), 80))
     summaries = [result.summary() for result in group]
     constant: Mapping[str, Any] = summaries[0]["best_constant"]
     table.add_column("")
     for result in group:
         shown = "errors" if lower else "score"
-        table.add_column(shown if single else result.benchmark.name, justify="right")
+        table.add_column(Text(shown if single else result.benchmark.name), justify="right")
     if constant:
         table.add_column("best constant", justify="right", style="dim")
     flats = [flat(summary["metrics"]) for summary in summaries]
-    keys = list(dict.fromkeys(key for numbers in flats for key in numbers))
+    keys = list(dict.fromkeys(key for found in flats for key in found))
     if constant or MEAN in keys:
         keys = [*(key for key in keys if key != MEAN), MEAN]
     for key in keys:
         if key == MEAN:
             table.add_section()
-        cells = [cell(numbers.get(key), official) for numbers in flats]
+        cells = [cell(found.get(key), official) for found in flats]
         if constant:
             values = [c["accuracy"] for c in constant.values()]
             cells.append(cell(constant[key]["accuracy"] if key in constant else sum(values) / len(values)))
         bold = key in (MEAN, "wer", first.benchmark.headline)
-        table.add_row(ROWS.get(key, key), *cells, style="bold" if bold else None)
+        table.add_row(Text(ROWS.get(key, key)), *cells, style="bold" if bold else None)
     if any(summary["interval_95"] for summary in summaries):
         spans = [summary["interval_95"] for summary in summaries]
         between = [f"{cell(s[0], official)} to {cell(s[1], official)}" if s else "–" for s in spans]
         table.add_row("95 % interval", *between, *([""] if constant else []), style="dim")
     table.add_row("questions", *(f"{summary['n']:,}" for summary in summaries), style="dim")
     return table
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for each number that is not finite: json has no word for it."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flat(metrics: Mapping[str, Any], before: str = "") -> dict[str, float]:

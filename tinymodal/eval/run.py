@@ -3,8 +3,9 @@
 ``FOLDER/NAME.replies.jsonl`` gets one row per question as it is answered. A run that was stopped goes on
 where it was; what another model said, or the same one with other settings or about another question or
 picture, is asked again, never mixed in. When all are answered the rows lie in the order of the questions: the
-same file, however often the run was stopped and however many processes asked. ``FOLDER/results.json`` gets
-the numbers, those of one model. See :mod:`tinymodal.eval.folder`.
+same file, however often the run was stopped and however many processes asked. Where a language model grades,
+a row's score is null until the last of these runs had it graded. ``FOLDER/results.json`` gets the numbers,
+those of one model. See :mod:`tinymodal.eval.folder`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from tinymodal.eval.folder import (
 from tinymodal.eval.folder import write_atomically as write_atomically
 from tinymodal.eval.given import unique
 from tinymodal.eval.names import benchmarks
+from tinymodal.eval.own import checked
 from tinymodal.eval.protocol import protocol_of
 from tinymodal.eval.results import Answered, Result
 from tinymodal.eval.score import grade
@@ -106,11 +108,11 @@ def evaluate(
         RecipeError: an unknown benchmark.
         CheckpointError: replies are to be spoken by a model that does not speak.
         DataError: no question that can be asked; two benchmarks of one name; a folder that another process
-            writes into, or that holds other things under our files' names.
+            writes into, or that holds other things under our files' names; a scorer of the user's that fails.
     """
     from tinymodal.infer.engine import Engine
 
-    found = benchmarks(names, data)
+    found = [checked(each) for each in benchmarks(names, data)]
     if spoken:
         found = [aloud(each, listener, voice=voice, name=each.name if each.aloud else "") for each in found]
     engine = Engine(composed)
@@ -119,13 +121,15 @@ def evaluate(
     with _ours(folder, world):
         for each in found:
             read_rows(replies_path(folder, each.name))  # refused now, not when its turn comes in an hour
-        told = read_summaries(path)
-        asked = [_ask(each, engine, folder, how, each.name) for each in found]
-        results = [result for result in asked if result is not None]
-        told |= {result.benchmark.name: result.summary() for result in results}
         mark = fingerprint(engine)  # numbers of other weights would be taken for this model's
-        told = {name: summary for name, summary in told.items() if summary["run"] == mark}
-        if world.main:
+        told = {name: summary for name, summary in read_summaries(path).items() if summary["run"] == mark}
+        results = []
+        for each in found:
+            if (result := _ask(each, engine, folder, how, each.name)) is None:
+                continue
+            results.append(result)
+            told[each.name] = result.summary()
+            # Now, not at the end: the next one may fail, or take hours and be killed.
             write_atomically(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return results
 
@@ -153,6 +157,7 @@ def run(
         DataError: no question that can be asked; a folder that another process writes into; a file of the
             name of ours that is not ours.
     """
+    benchmark = checked(benchmark)
     with alone(folder):
         found = _ask(benchmark, engine, folder, Asking(limit, batch_size), title or benchmark.name)
     assert found is not None  # one process, the first
@@ -258,8 +263,7 @@ def _result(
         }
         scores = grade(benchmark, asked, given, problems, how.judge)
         for question, one, score in zip(asked, said, scores, strict=True):
-            if score is not None:
-                rows[question.sample.id] |= _scored(question, one, score)
+            rows[question.sample.id] |= _scored(question, one, score)
         write_atomically(path, "".join(map(line, rows.values())))
     answered = tuple(
         Answered(question, one.text, score, one.heard)
@@ -351,7 +355,10 @@ def _heard(benchmark: Benchmark, replies: Sequence[Reply]) -> list[Said]:
     return [Said(reply.text, words) for reply, words in zip(replies, heard, strict=True)]
 
 
-def _score(benchmark: Benchmark, question: Question, said: Said) -> Score:
+def _score(benchmark: Benchmark, question: Question, said: Said) -> Score | None:
+    """What the reply is worth; None where that is for a judge to say, see :func:`_result`."""
+    if benchmark.judge is not None:
+        return None
     text = said.text
     if said.heard is not None:
         question = replace(question, answer=said.text, meta={**question.meta, "reference": said.text})
@@ -359,13 +366,13 @@ def _score(benchmark: Benchmark, question: Question, said: Said) -> Score:
     return replace(benchmark.score(question, text), meta=question.meta)
 
 
-def _scored(question: Question, said: Said, score: Score) -> dict[str, Any]:
-    """The part of a row that a reply's score decides."""
+def _scored(question: Question, said: Said, score: Score | None) -> dict[str, Any]:
+    """The part of a row that a reply's score decides; without one ``score`` is null."""
     return {
         "answer": question.answer,
-        "parsed": score.parsed,
-        "score": score.value,
-        "meta": dict(score.meta),
+        "parsed": "" if score is None else score.parsed,
+        "score": None if score is None else score.value,
+        "meta": dict(question.meta if score is None else score.meta),
         **({} if said.heard is None else {"heard": said.heard}),
     }
 
@@ -375,7 +382,7 @@ def _absorb(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Q
 
     A row counts where model, settings, question and answer are the same; its score is that of now. The
     questions' order comes first. Rows of the same model about questions that are not asked now (``--limit``)
-    stay behind them.
+    stay behind them, without a grade: it may be that of another judge.
     """
     order = {question.sample.id: i for i, question in enumerate(questions)}
     parts = sorted(path.parent.glob(rank_path(path, None).name))
@@ -388,9 +395,10 @@ def _absorb(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Q
             question = questions[order[name]]
             if (row["answer"], row["digest"]) != (question.answer, _digest(question)):
                 continue
-            if benchmark.judge is None:
-                said = Said(row["reply"], row.get("heard"))
-                row |= _scored(question, said, _score(benchmark, question, said))
+            said = Said(row["reply"], row.get("heard"))
+            row |= _scored(question, said, _score(benchmark, question, said))
+        elif benchmark.judge is not None:
+            row |= {"parsed": "", "score": None}
         kept[name] = order.get(name, len(order)), line(row)
     write_atomically(path, "".join(text for _, text in sorted(kept.values(), key=lambda pair: pair[0])))
     for part in parts:

@@ -104,7 +104,7 @@ def aloud(
     """The same questions; what counts is how the replies are understood when they are spoken.
 
     Args:
-        benchmark: whose questions are asked; its own score and metric do not count.
+        benchmark: whose questions are asked; its own score, numbers and judge do not count.
         listener: opened when the first reply is to be heard, once.
         voice: in which the model speaks; None: its first.
         name: of the new benchmark; empty: the old one's with ``-aloud`` behind it.
@@ -123,6 +123,11 @@ def aloud(
         name=name or f"{benchmark.name}-aloud",
         score=score,
         reduce=reduce,
+        report=None,
+        sums=None,
+        judge=None,
+        unanswered="left out",
+        submit=None,
         metric=METRIC,
         headline="wer",
         family="",

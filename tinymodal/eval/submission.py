@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tinymodal.core.errors import RecipeError
-from tinymodal.eval.benchmark import Problems
+from tinymodal.eval.benchmark import Benchmark, Problems
 from tinymodal.eval.given import MISSING
 from tinymodal.eval.results import Result
+
+Submit = Callable[[Mapping[str, str], Path, Problems], None]
+
+
+def check_submission(benchmarks: Sequence[Benchmark], path: Path) -> None:
+    """Refuse what cannot be written, before anything is asked.
+
+    Raises:
+        RecipeError: there is not exactly one benchmark, or it has no test server; something is at ``path``.
+    """
+    _of_one(benchmarks)
+    if path.is_dir():
+        raise RecipeError(f"--submission {path}: is a folder; expected the name of a file in it")
+    if path.exists() or path.is_symlink():
+        raise RecipeError(f"--submission {path}: is there already; move it away, or give another name")
+    if (blocked := file_above(path)) is not None:
+        raise RecipeError(f"--submission {path}: {blocked} is a file; expected a folder to write into")
+
+
+def file_above(path: Path) -> Path | None:
+    """What keeps the folder of ``path`` from being made: the nearest thing above it, where that is a file."""
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    return None if nearest.is_dir() else nearest
+
+
+def _of_one(benchmarks: Sequence[Benchmark]) -> Submit:
+    if len(benchmarks) != 1:
+        raise RecipeError(f"--submission is of one benchmark; --on names {len(benchmarks)}")
+    (benchmark,) = benchmarks
+    if benchmark.submit is None:
+        raise RecipeError(
+            f"--submission: {benchmark.name} has no test server that we write for; expected vqav2, vizwiz or "
+            f"mmbench. Its replies are in the jsonl."
+        )
+    return benchmark.submit
 
 
 def write_submission(results: Sequence[Result], path: Path) -> str:
@@ -17,15 +52,8 @@ def write_submission(results: Sequence[Result], path: Path) -> str:
     Raises:
         RecipeError: there is not exactly one benchmark, or it has no test server.
     """
-    if len(results) != 1:
-        raise RecipeError(f"--submission is of one benchmark; --on names {len(results)}")
+    submit = _of_one([result.benchmark for result in results])
     (result,) = results
-    submit = result.benchmark.submit
-    if submit is None:
-        raise RecipeError(
-            f"--submission: {result.benchmark.name} has no test server that we write for; expected vqav2, "
-            f"vizwiz or mmbench. Its replies are in the jsonl."
-        )
     texts = {row.question.sample.id: row.reply for row in result.answered}
     noted = Problems()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,19 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinymodal.core.errors import RecipeError
-from tinymodal.verbs.options import STARTER, add_device, load_model, positive, results_folder
+from tinymodal.core.errors import DataError, RecipeError
+from tinymodal.verbs.options import STARTER, add_device, device_of, load_model, positive, results_folder
 
 if TYPE_CHECKING:
-    from tinymodal.eval.benchmark import Listener
+    from tinymodal.eval.benchmark import Benchmark, Listener
     from tinymodal.eval.judge import Judge
     from tinymodal.eval.results import Result
+    from tinymodal.train.world import World
 
 SCENES = "scenes,scenes-unseen,scenes-shuffled"
 PAGE = "eval.html"
 DIFFERENCE = "difference.html"
 """In the second model's folder."""
 KEY = "OPENAI_API_KEY"
+ASKING = ("models", "limit", "batch", "aloud", "device")
+"""Options of asking a model."""
+NOT_WHERE = (
+    *ASKING, "answers", "submission", "out", "listener", "voice", "judge", "judge_model", "judge_key",
+    "judge_price",
+)  # fmt: skip
+ENDS = (".gz", ".tar", ".jsonl", ".json", ".xlsx", ".tsv", ".csv", ".txt", ".parquet")
+"""Of files of answers; what else follows a dot belongs to a name, as in llava-v1.5."""
 EXAMPLES = """\
 examples:
   tinymodal eval runs/mine --on my_questions.jsonl --limit 200
@@ -72,9 +81,7 @@ def add_eval(verbs: Any) -> None:
     p.add_argument(
         "--limit", type=positive, metavar="N", help="the first N questions of each, for a quick look"
     )
-    p.add_argument(
-        "--batch", type=positive, default=64, metavar="N", help="questions answered together (%(default)s)"
-    )
+    p.add_argument("--batch", type=positive, metavar="N", help="questions answered together (64)")
     p.add_argument("--out", type=Path, metavar="FOLDER", help="where replies and results go (MODEL/eval)")
     p.add_argument(
         "--aloud",
@@ -93,9 +100,7 @@ def add_eval(verbs: Any) -> None:
     judged.add_argument(
         "--judge-model", default="", metavar="NAME", help="who grades (whom the official protocol names)"
     )
-    judged.add_argument(
-        "--judge-key", default=KEY, metavar="VARIABLE", help="environment variable with the key (%(default)s)"
-    )
+    judged.add_argument("--judge-key", metavar="VARIABLE", help=f"environment variable with the key ({KEY})")
     judged.add_argument(
         "--judge-price",
         type=price,
@@ -116,16 +121,23 @@ def price(text: str) -> tuple[float, float]:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    names = [name for name in (args.on or "").split(",") if name]
+    names = named(args.on)
     if args.where:
+        refuse(args, "--where lists files and asks nothing", NOT_WHERE)
         show_places(names, args.data)
         return
     for option in ("listener", "voice"):
         if getattr(args, option) is not None and not args.aloud:
             raise RecipeError(f"--{option} belongs to --aloud; give that as well, or leave it out")
+    if args.judge is None:
+        refuse(
+            args, "no --judge is given, an address that grades", ("judge_model", "judge_key", "judge_price")
+        )
     if args.answers is not None:
         score_elsewhere(args, names)
         return
+    if args.aloud:
+        refuse(args, "--aloud scores what is heard", ("judge", "submission"))
     names = names or SCENES.split(",")
     models = args.models or [STARTER]
     if len(models) > 2:
@@ -134,12 +146,51 @@ def run_eval(args: argparse.Namespace) -> None:
         raise RecipeError("--submission is of one model; leave the other out")
     from tinymodal.eval.names import benchmarks
 
-    benchmarks(names, args.data)  # a misspelt name is told before the model is loaded
     folders = places_of(models, args.out)
-    for model, folder in zip(models, folders, strict=True):
-        results = evaluate_one(args, model, names, folder)
-    if len(models) == 2:
+    check(args, benchmarks(names, args.data), folders)
+    from tinymodal.train.recipe import Parallel
+    from tinymodal.train.world import open_world
+
+    with open_world(Parallel(), device_of(args)) as world:
+        for model, folder in zip(models, folders, strict=True):
+            results = evaluate_one(args, model, names, folder, world)
+    if len(models) == 2 and results:  # of several processes only the first has them
         show_difference(folders, results)
+
+
+def named(on: str | None) -> list[str]:
+    """The names of ``--on``; none where it is not given."""
+    names = [name.strip() for name in (on or "").split(",") if name.strip()]
+    if on is not None and not names:
+        raise RecipeError(f"--on {on!r}: names no benchmark; expected names such as scenes, or leave it out")
+    return names
+
+
+def refuse(args: argparse.Namespace, why: str, options: Sequence[str]) -> None:
+    """Refuse those of ``options`` that are given: what would have no effect is a mistake."""
+    for option in options:
+        value = getattr(args, option)
+        if value not in (None, False, [], "", "auto"):
+            shown = value[0] if option == "models" else f"--{option.replace('_', '-')}"
+            raise RecipeError(f"{why}; leave {shown} out")
+
+
+def check(args: argparse.Namespace, asked: Sequence[Benchmark], folders: Sequence[Path]) -> None:
+    """Tell now what would fail, or be of no use, when all is scored."""
+    from tinymodal.eval.own import checked
+    from tinymodal.eval.submission import check_submission, file_above
+
+    for benchmark in asked:
+        checked(benchmark)
+    if args.judge is not None and all(benchmark.judge is None for benchmark in asked):
+        shown = ", ".join(benchmark.name for benchmark in asked)
+        raise RecipeError(f"--judge: no language model grades {shown}; leave it out")
+    for folder in folders:
+        if (blocked := file_above(folder / PAGE)) is not None:
+            raise RecipeError(f"{blocked}: is a file; expected a folder for replies and results, see --out")
+        judge_of(args, folder)
+    if args.submission is not None:
+        check_submission(asked, args.submission)
 
 
 def places_of(models: Sequence[str], out: Path | None) -> list[Path]:
@@ -152,34 +203,31 @@ def places_of(models: Sequence[str], out: Path | None) -> list[Path]:
     return [out] if len(models) == 1 else [out / letter for letter in ("a", "b")]
 
 
-def evaluate_one(args: argparse.Namespace, model: str, names: Sequence[str], folder: Path) -> list[Result]:
-    from tinymodal.eval.run import evaluate
-    from tinymodal.train.recipe import Parallel
-    from tinymodal.train.world import open_world
+def evaluate_one(
+    args: argparse.Namespace, model: str, names: Sequence[str], folder: Path, world: World
+) -> list[Result]:
+    from tinymodal.eval.run import BATCH_SIZE, evaluate
 
-    named = argparse.Namespace(**{**vars(args), "model": model})
-    composed: Any = load_model(named)
+    composed: Any = load_model(argparse.Namespace(model=model, device=args.device))
+    if world.size > 1:
+        composed.model.to(world.device)
     spoken: dict[str, Any] = {"spoken": args.aloud, "voice": args.voice}
     if args.listener is not None:
         spoken["listener"] = lambda: listening(args)
-    device = composed.model.device.type
-    with open_world(Parallel(), device) as world:
-        if world.size > 1:
-            composed.model.to(world.device)
-        results = evaluate(
-            composed,
-            names,
-            folder=folder,
-            data=args.data,
-            limit=args.limit,
-            batch_size=args.batch,
-            judge=judge_of(args, folder),
-            world=world,
-            **spoken,
-        )
-        if world.main:
-            show(results, folder, model)
-            submit(results, args.submission)
+    results = evaluate(
+        composed,
+        names,
+        folder=folder,
+        data=args.data,
+        limit=args.limit,
+        batch_size=args.batch or BATCH_SIZE,
+        judge=judge_of(args, folder),
+        world=world,
+        **spoken,
+    )
+    if world.main:
+        show(results, folder, model)
+        submit(results, args.submission)
     return results
 
 
@@ -195,13 +243,15 @@ def judge_of(args: argparse.Namespace, folder: Path) -> Judge | None:
         return None
     from tinymodal.eval.judge import Judge
 
-    return Judge(args.judge, args.judge_model, folder=folder, key_from=args.judge_key, price=args.judge_price)
+    key = KEY if args.judge_key is None else args.judge_key
+    return Judge(args.judge, args.judge_model, folder=folder, key_from=key, price=args.judge_price)
 
 
 def score_elsewhere(args: argparse.Namespace, names: Sequence[str]) -> None:
     """``--answers``: no model is loaded."""
     from tinymodal.core.lookup import find
     from tinymodal.eval.names import benchmark, opened
+    from tinymodal.eval.own import checked
     from tinymodal.eval.score import score_answers
     from tinymodal.eval.tasks.table import ON_DISK
 
@@ -209,20 +259,32 @@ def score_elsewhere(args: argparse.Namespace, names: Sequence[str]) -> None:
         raise RecipeError(
             f"--answers are to one benchmark; --on names {len(names)}. Give its name with --on."
         )
-    if args.models:
-        raise RecipeError(f"--answers were made elsewhere; leave {args.models[0]} out")
-    folder = args.out or Path("runs") / "answers" / args.answers.name.partition(".")[0]
+    refuse(args, "--answers were made elsewhere and are all scored", ASKING)
+    folder = args.out or Path("runs") / "answers" / plain_name(args.answers)
     name = names[0]
-    asked = opened(find(name, ON_DISK, "benchmark"), args.data) if name in ON_DISK else benchmark(name)
-    result = score_answers(asked, args.answers, folder, judge=judge_of(args, folder))
+    if name in ON_DISK:
+        asked = opened(find(name, ON_DISK, "benchmark"), args.data)
+    else:
+        asked = benchmark(name, args.data)
+    check(args, [asked], [folder])
+    result = score_answers(checked(asked), args.answers, folder, judge=judge_of(args, folder))
     show([result], folder, args.answers.name)
     submit([result], args.submission)
+
+
+def plain_name(answers: Path) -> str:
+    """The name of a file of answers without its endings, of which there may be several."""
+    name = answers.resolve().name
+    while (end := next((end for end in ENDS if name.endswith(end)), "")) and name != end:
+        name = name.removesuffix(end)
+    return name
 
 
 def show(results: Sequence[Result], folder: Path, title: str) -> None:
     """The tables, what is incomplete, and the page to look at."""
     from rich.console import Console
 
+    from tinymodal.eval.folder import RESULTS, read_summaries
     from tinymodal.eval.pages.answers import write_page
     from tinymodal.eval.results import problem_lines, tables
 
@@ -238,7 +300,10 @@ def show(results: Sequence[Result], folder: Path, title: str) -> None:
                 f"(median of {timing.replies} replies, {timing.slowest_first_sound_ms:,.0f} ms at most); "
                 f"{timing.real_time_factor:.2f} s to say a second"
             )
-    write_page(folder / PAGE, results, title=title)
+    asked = {result.benchmark.name for result in results}
+    told = read_summaries(folder / RESULTS).items()
+    earlier = {name: summary for name, summary in told if name not in asked}
+    write_page(folder / PAGE, results, title=title, earlier=earlier)
     print(f"Every prompt, reply and score: {folder}; to look at: {folder / PAGE}")
 
 
@@ -273,6 +338,8 @@ def show_places(names: Sequence[str], data: Path | None) -> None:
 
     from tinymodal.eval.names import places
 
+    if data is not None and not data.is_dir():
+        raise DataError(f"{data}: no such folder; expected the benchmarks' files in it, see --data")
     console = Console(soft_wrap=True, highlight=False)
     for place in places(names, data):
         console.print(f"[bold]{place.task.name}[/]: {escape(place.task.title)}")

@@ -30,14 +30,18 @@ def positive(text: str) -> int:
 
 def load_model(args: argparse.Namespace) -> Composed:
     """The model of ``MODEL`` on ``--device``."""
-    import torch
-
     from tinymodal.compose.build import load
+
+    return load(args.model, device=device_of(args))
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """``cpu`` or ``cuda``, as ``--device`` says."""
+    import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda: torch sees no GPU here; leave the option out to use the CPU.")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    return load(args.model, device=device)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else str(args.device)
 
 
 def results_folder(name: str) -> Path:

@@ -46,6 +46,7 @@ def write_page(
     results: Sequence[Result],
     title: str = "TinyModal: evaluation",
     *,
+    earlier: Mapping[str, Mapping[str, Any]] | None = None,
     cards: int = NUM_CARDS,
     seed: int = 0,
 ) -> Path:
@@ -55,6 +56,7 @@ def write_page(
         path: the file, e.g. ``eval/page.html``.
         results: what came of each benchmark, in the page's order.
         title: of the page.
+        earlier: benchmark -> what ``results.json`` tells of others, whose numbers stand at the end.
         cards: questions shown of each benchmark, at most; fewer where pictures and sounds would come to more
             than ``MAX_BYTES``.
         seed: of the draw.
@@ -70,6 +72,8 @@ def write_page(
     for place, (result, summary) in enumerate(zip(results, summaries, strict=True)):
         head = _head(result, summary)
         parts.append(f'<section id="b{place}">{head}{_answers(result, cards, seed, rooms)}</section>')
+    if earlier:
+        parts.append(f"<section>{_earlier(earlier)}</section>")
     return write_document(path, title, "\n".join(parts))
 
 
@@ -273,6 +277,24 @@ def _overview(results: Sequence[Result], summaries: Sequence[Mapping[str, Any]])
             f"<td>{span}</td><td>{summary['n']:,}</td><td{style}>{_state(summary)}</td></tr>"
         )
     return table(("", "number", "value", "95 % interval", "questions", "state"), rows)
+
+
+def _earlier(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The numbers of benchmarks without their questions, as ``results.json`` has them."""
+    rows = []
+    for name, summary in summaries.items():
+        numbers, path = flat(summary["metrics"]), str(summary.get("headline", ""))
+        key = path if path in numbers else next(iter(numbers), path)
+        span = between(summary.get("interval_95"), True)
+        rows.append(
+            f'<tr><th scope="row">{told(name, 200)}</th>'
+            f"<td>{told(str(summary['metric']), 80)}: {told(key, 80)}</td>"
+            f"<td><strong>{number(numbers.get(key), True)}</strong></td><td>{span}</td>"
+            f"<td>{summary['n']:,}</td><td>{'complete' if summary['complete'] else 'incomplete'}</td></tr>"
+        )
+    heads = ("", "number", "value", "95 % interval", "questions", "state")
+    note = "As results.json has them; questions and replies are in the files beside it."
+    return f'<h2>Scored in this folder before</h2><p class="muted">{note}</p>{table(heads, rows)}'
 
 
 def _head(result: Result, summary: Mapping[str, Any]) -> str:
