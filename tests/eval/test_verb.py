@@ -121,6 +121,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(here, capsys, words, told)
         (("--on", "pope"), "x.json", "pope has no test server"),
         (("--on", "pope", "--answers", "pope.jsonl"), "x.json", "pope has no test server"),
         (("--on", "vqav2,pope"), "x.json", "--on names 2"),
+        (("--on", "vqav2", "--out", "out"), "out/results.json", "eval writes this file itself"),
+        (("--on", "vqav2", "--out", "out"), "out/vqav2.replies.jsonl", "eval writes this file itself"),
     ],
 )
 def test_a_submission_that_cannot_be_written_is_refused_before_anything_is_asked(
@@ -151,6 +153,19 @@ def test_answers_to_files_of_a_benchmark_of_your_own_are_scored(here, capsys):
     words = ["--on", "own.py:TASK", "--data", "data", "--answers", "pope.jsonl"]
     assert cli.main(["eval", *words]) == 0
     assert (here / "runs/answers/pope/results.json").exists()
+
+
+def test_a_scorer_of_your_own_that_fails_on_answers_is_one_line(here, capsys):
+    Path("bench.py").write_text(
+        "from tinymodal.core.types import Message, Sample, Text\n"
+        "from tinymodal.eval.benchmark import Benchmark, Question\n"
+        "asked = Question(Sample((Message('user', (Text('?'),)),), 'random/1'), 'yes')\n"
+        "BENCHMARK = Benchmark(name='mine', load=lambda: [asked], score=lambda q, r: {}[r], source='')\n"
+    )
+    assert cli.main(["eval", "--on", "bench.py:BENCHMARK", "--answers", "pope.jsonl", "--out", "out"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: mine: its scorer fails at question 'random/1': KeyError: 'yes'")
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,8 @@ def refuse(args: argparse.Namespace, why: str, options: Sequence[str]) -> None:
 
 def check(args: argparse.Namespace, asked: Sequence[Benchmark], folders: Sequence[Path]) -> None:
     """Tell now what would fail, or be of no use, when all is scored."""
+    from tinymodal.eval.folder import LOCK, RESULTS, replies_path
+    from tinymodal.eval.judge import VERDICTS
     from tinymodal.eval.own import checked
     from tinymodal.eval.submission import check_submission, file_above
 
@@ -191,6 +193,12 @@ def check(args: argparse.Namespace, asked: Sequence[Benchmark], folders: Sequenc
         judge_of(args, folder)
     if args.submission is not None:
         check_submission(asked, args.submission)
+        own = {folder.resolve() / name for folder in folders for name in (PAGE, RESULTS, VERDICTS, LOCK)}
+        own |= {replies_path(folder.resolve(), benchmark.name) for folder in folders for benchmark in asked}
+        if args.submission.resolve() in own:
+            raise RecipeError(
+                f"--submission {args.submission}: eval writes this file itself; give another name"
+            )
 
 
 def places_of(models: Sequence[str], out: Path | None) -> list[Path]:
