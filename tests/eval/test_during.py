@@ -10,6 +10,7 @@ import pytest
 from tinymodal.compose.build import save
 from tinymodal.compose.tiny import tiny_model
 from tinymodal.core.errors import RecipeError
+from tinymodal.eval import during
 from tinymodal.eval.compare import line, read
 from tinymodal.eval.during import EVALS, FOLDER, LOG, Evaluations
 from tinymodal.train.recipe import EvalEvery
@@ -20,6 +21,12 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
     save(tiny_model(), folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def as_important_as_the_rest(monkeypatch):
+    """Beside a training it stands back; where all cores test, it would wait for minutes."""
+    monkeypatch.setattr(during, "NICENESS", 0)
 
 
 @pytest.fixture
@@ -67,6 +74,7 @@ def test_each_save_is_scored_and_its_checkpoint_may_be_gone_by_then(run):
     assert list(held.series["eval/asked"]) == [row["eval/asked"] for row in rows]
 
 
+@pytest.mark.slow
 def test_only_every_second_save_where_the_recipe_says_so(run):
     evaluations = Evaluations(run, spec(run, saves=2))
     for model in models(run):
@@ -75,6 +83,7 @@ def test_only_every_second_save_where_the_recipe_says_so(run):
     assert [row["step"] for row in evals(run)] == [20]
 
 
+@pytest.mark.slow
 def test_a_failed_evaluation_is_told_and_the_next_one_runs(run, capsys):
     first, second = models(run)
     (first / "config.json").write_text("{}")
@@ -88,6 +97,7 @@ def test_a_failed_evaluation_is_told_and_the_next_one_runs(run, capsys):
     assert [row["step"] for row in evals(run)] == [20]
 
 
+@pytest.mark.slow
 def test_what_waited_when_the_run_was_killed_is_scored_when_it_goes_on(run):
     first, second = models(run)
     for model in (first, second):
