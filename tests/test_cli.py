@@ -76,7 +76,8 @@ def test_a_wrong_key_is_answered_at_once_with_file_place_and_nearest_key(tmp_pat
         assert done.stderr.count("\n") == 1
         for told in ("error: mini.toml: stages[0]", "'stepps'", "did you mean 'steps'"):
             assert told in done.stderr
-    assert least_cpu_seconds("train", "mini.toml", where=tmp_path) < 0.5
+    # 0.32 s measured on an idle core; one that tests beside it takes up to twice as long.
+    assert least_cpu_seconds("train", "mini.toml", where=tmp_path) < 0.8
     assert [path.name for path in tmp_path.iterdir()] == ["mini.toml"]
 
 
