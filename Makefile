@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-browser lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tinymodal demo
@@ -17,7 +17,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(STAMP): $(VENV)/.demo
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval,data,hub,train,quant,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval,data,hub,train,quant,serve,export,dev]'
 	# Alone: it would bring torchvision, of which nothing here is used.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@
@@ -37,6 +37,12 @@ test: lint
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow --timeout 600
+
+# Debian's browser and its driver belong to the machine; all else to the environment.
+test-browser: $(STAMP)
+	{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser,serve]'
+	$(BIN)/pytest -m browser --timeout 900 tests/browser
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -94,11 +94,12 @@ ROOMS = {
     "data": "floor 3: files -> batches",
     "infer": "floor 4: sample -> reply",
     "train": "floor 4: batches -> weights",
-    "port": "floor 4: checkpoints of other systems, with proof",
+    "port": "floor 4: checkpoints of other systems in, ours out, with proof",
     "eval": "floor 5: model -> numbers",
     "eval/rules": "",
     "eval/tasks": "",
     "eval/pages": "",
+    "serve": "floor 5: a model that answers clients",
     "verbs": "floor 6: what the verbs do",
     "": "floors 6 and 7: the verbs",
 }

@@ -47,6 +47,17 @@ TOLD = {
         "replies; and 100,000 answers scored by the whole command in a process with one thread, for which "
         "there is no plain way.",
     ),
+    "inference": (
+        "Answering",
+        "Sixteen questions together against one by one, the first token of a second turn against that of the "
+        "first, and the language model in 8 bits; the starter model, and a random one of the 0.9B shape at a "
+        "seventh of its widths.",
+    ),
+    "serving": (
+        "Serving",
+        "64 clients ask a server for a minute, one in ten hangs up in the middle of an answer; every answer "
+        "is compared with the one given alone.",
+    ),
     "kills": (
         "Killed and gone on",
         "A training run is ended with SIGKILL at random moments and while it saves, and started again each "

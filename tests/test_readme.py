@@ -28,8 +28,9 @@ DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 COCO10 = ROOT.parent / "shared" / "data" / "media" / "coco10_llava_style"
-NOT_RUN = ("make", "source", ".venv/bin/pytest")
-"""First words of commands that install or test; that what they name exists is checked."""
+NOT_RUN = ("make", "source", ".venv/bin/pytest", "tinymodal serve")
+"""How commands begin that install or test, or that answer until they are stopped (tests/serve runs that one);
+that what they name exists is checked."""
 
 
 class Block(NamedTuple):

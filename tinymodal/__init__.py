@@ -11,14 +11,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Audio": "tinymodal.core.types",
     "Benchmark": "tinymodal.eval.benchmark",
     "Engine": "tinymodal.infer.engine",
     "Image": "tinymodal.core.types",
     "Message": "tinymodal.core.types",
+    "Model": "tinymodal.infer.model",
     "Recipe": "tinymodal.train.recipe",
     "Sample": "tinymodal.core.types",
+    "Sampling": "tinymodal.infer.sampling",
+    "Scheduler": "tinymodal.infer.scheduler",
     "Text": "tinymodal.core.types",
-    "load": "tinymodal.compose.build",
+    "load": "tinymodal.infer.model",
 }
 __all__ = ["__version__", *_WHERE]
 

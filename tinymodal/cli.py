@@ -23,7 +23,10 @@ from tinymodal import __version__
 from tinymodal.core.errors import DataError, RecipeError, TinyModalError
 from tinymodal.core.types import Audio, Image, Medium
 from tinymodal.verbs.evaluate import add_eval
-from tinymodal.verbs.options import STARTER, add_device, load_model, positive
+from tinymodal.verbs.explain import add_explain
+from tinymodal.verbs.export import add_export
+from tinymodal.verbs.options import STARTER, add_bits, add_device, load_model, positive
+from tinymodal.verbs.serve import add_serve
 
 if TYPE_CHECKING:
     from tinymodal.train.recipe import Recipe
@@ -51,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="store_true", help="print the version and leave")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", parser_class=Parser)
     for add in (
-        add_demo, add_train, add_preview, add_cache, add_shard, add_compare, add_eval, add_chat, add_adopt,
+        add_demo, add_train, add_preview, add_cache, add_shard, add_compare, add_eval, add_chat, add_explain,
+        add_serve, add_adopt, add_export,
     ):  # fmt: skip
         add(verbs)
     return top
@@ -187,6 +191,7 @@ def add_chat(verbs: Verbs) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="of the choice, where temperature is above 0")
     add_device(p)
+    add_bits(p)
     p.set_defaults(run=run_chat)
 
 
@@ -425,7 +430,7 @@ def run_chat(args: argparse.Namespace) -> int:
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    errors = chat(Engine(composed), media, sampling, speech=args.speak, voice=args.voice)
+    errors = chat(Engine(composed, prefix_mb=256), media, sampling, speech=args.speak, voice=args.voice)
     return 1 if errors and not sys.stdin.isatty() else 0
 
 

@@ -36,6 +36,11 @@ def ask(text: str, *pictures: int, name: str = "test") -> Sample:
     return Sample((Message("user", (*map(picture, pictures), Text(text))),), name)
 
 
+def states(engine: Engine, *samples: Sample) -> torch.Tensor:
+    """The last states of prompts that are read together."""
+    return engine.open([engine.answer(engine.encode(sample), SHORT) for sample in samples]).step.states_BD
+
+
 def written(stream) -> str:
     return "".join(delta.text for delta in stream if isinstance(delta, TextDelta))
 
@@ -134,13 +139,11 @@ def test_replies_come_in_the_order_of_the_questions_whatever_the_batch(engine, s
 def test_swapping_two_pictures_swaps_nothing_else(engine):
     """Each row sees its own pictures, in their order."""
     one, other = ask("which one", 1, 2), ask("which one", 2, 1)
-    inputs = engine._prompts([engine.encode(one), engine.encode(other)], torch.device("cpu"))
-    (pictures,) = inputs["pixel_values"]
-    first, second = pictures.chunk(2)
-    assert torch.equal(first, second.flip(0))
-    with torch.inference_mode():
-        logits = engine.model(**inputs).logits[:, -1]
-    assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+    encoded = [engine.encode(one), engine.encode(other)]
+    assert torch.equal(encoded[0].media[0].tiles[0], encoded[1].media[1].tiles[0])
+    assert torch.equal(encoded[0].ids, encoded[1].ids)
+    first, second = states(engine, one, other)
+    assert not torch.allclose(first, second, atol=1e-4)
 
 
 def test_a_reply_ends_at_the_stop_and_does_not_show_it(scripted):
@@ -202,31 +205,10 @@ def test_a_row_that_has_stopped_does_not_hold_up_or_change_the_others(engine, mo
 def test_a_placeholder_is_never_a_word_of_the_reply(engine):
     logits = torch.zeros(2, len(engine.tokenizer))
     logits[:, IMAGE_ID] = 100.0
-    assert IMAGE_ID not in engine._choose(logits.clone(), GREEDY, torch.Generator()).tolist()
-    hot = Sampling(temperature=2.0)
-    for _ in range(20):
-        assert IMAGE_ID not in engine._choose(logits.clone(), hot, torch.Generator()).tolist()
-
-
-@settings(deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    top_k=st.integers(0, 12),
-    top_p=st.floats(0.05, 1.0),
-    temperature=st.floats(0.1, 3.0),
-)
-def test_only_tokens_within_top_k_and_top_p_are_chosen(engine, seed, top_k, top_p, temperature):
-    random = torch.Generator().manual_seed(seed)
-    logits = torch.randn(1, 50, generator=random)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    chosen = int(engine._choose(logits.clone(), sampling, random))
-    logits[:, IMAGE_ID] = -torch.inf
-    scaled = (logits / temperature)[0]
-    better = scaled > scaled[chosen]
-    if top_k:
-        assert int(better.sum()) < top_k
-        scaled = scaled.masked_fill(scaled < scaled.topk(min(top_k, 50)).values[-1], -torch.inf)
-    assert float(scaled.softmax(-1)[better].sum()) < top_p + 1e-5
+    encoded = engine.encode(QUESTIONS[0])
+    for how in (GREEDY, *(Sampling(temperature=2.0, seed=seed) for seed in range(20))):
+        answers = [engine.answer(encoded, how), engine.answer(encoded, how)]
+        assert IMAGE_ID not in engine._choose(logits.clone(), answers).tolist()
 
 
 def test_sampling_repeats_with_its_seed_and_top_k_one_is_greedy(engine):
@@ -366,10 +348,8 @@ def test_a_batch_of_any_media_equals_its_members_one_by_one(listener):
 
 def test_swapping_two_sounds_is_heard_and_their_lengths_are_told(listener):
     one, other = play("which one", 0.5, 1.0), play("which one", 1.0, 0.5)
-    inputs = listener._prompts([listener.encode(one), listener.encode(other)], torch.device("cpu"))
-    with torch.inference_mode():
-        logits = listener.model(**inputs).logits[:, -1]
-    assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+    first, second = states(listener, one, other)
+    assert not torch.allclose(first, second, atol=1e-4)
     prompts = [reply.prompt for reply in listener.reply([one, other, HEARD[2]], Sampling(max_new_tokens=1))]
     short, long = (item.tokens for item in listener.encode(one).media)
     assert long > short
@@ -383,7 +363,8 @@ def test_a_sound_is_no_word_of_a_reply(listener):
     place = listener.model.config.audio_token_id
     logits = torch.zeros(2, len(listener.tokenizer))
     logits[:, place] = 100.0
-    assert place not in listener._choose(logits, GREEDY, torch.Generator()).tolist()
+    answers = [listener.answer(listener.encode(HEARD[0]), GREEDY) for _ in range(2)]
+    assert place not in listener._choose(logits, answers).tolist()
 
 
 def test_a_model_without_ears_given_a_sound_says_what_is_missing(engine):
@@ -446,9 +427,7 @@ def test_the_text_is_the_same_whether_it_is_spoken_or_not(language):
             (alone,) = mute.reply([question], sampling)
             assert written(loud.stream(question, sampling, speak=True)) == alone.text
     # To the last bit, not only to the likeliest word.
-    inputs = mute._prompts([mute.encode(question) for question in QUESTIONS], torch.device("cpu"))
-    with torch.inference_mode():
-        assert torch.equal(mute.model(**inputs).logits, loud.model(**inputs).logits)
+    assert torch.equal(states(mute, *QUESTIONS), states(loud, *QUESTIONS))
 
 
 def test_a_streams_sound_joins_to_that_of_the_reply():
@@ -484,10 +463,8 @@ def test_what_is_said_is_read_off_the_states_that_chose_the_words():
     engine = speaking()
     question = QUESTIONS[0]
     encoded, ids = engine.encode(question), []
-    for step in engine._decode([encoded], SHORT):
+    for step in engine._decode([engine.answer(encoded, SHORT)]):
         ids.append(int(step.tokens_B[0]))
-        if ids[-1] in engine.stop_ids:
-            break
     whole = torch.cat([encoded.ids, torch.tensor(ids)])[None]
     model = engine.model
     with torch.inference_mode():

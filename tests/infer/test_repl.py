@@ -269,8 +269,22 @@ def at_the_terminal(engine, monkeypatch, *events):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
     chat(engine, (), SHORT, terminal, out, err)
     return out.getvalue(), err.getvalue()
+
+
+def test_a_picture_is_shown_in_a_terminal_that_can(engine, monkeypatch, png):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    shown, _ = at_the_terminal(engine, monkeypatch, f"/image {png}", "/image nowhere.png")
+    assert shown.count("\033[0m\n") == 12
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\033" not in at_the_terminal(engine, monkeypatch, f"/image {png}")[0]
+    monkeypatch.setenv("TERM", "xterm-256color")
+    piped, _, _ = typed(engine, f"/image {png}", "what is it")
+    assert "\033" not in piped
 
 
 def test_stopping_a_reply_at_the_terminal_is_remembered(engine, monkeypatch):

@@ -30,6 +30,14 @@ def test_it_tells_who_trains_what_a_picture_costs_and_how_much_memory(recipe):
     assert "MB weights + " in text
 
 
+def test_it_tells_where_the_model_will_run(recipe):
+    lines = shown(recipe()).splitlines()
+    at = lines.index("where it will run, with tinymodal export --to:")
+    told = [line.split()[:2] for line in lines[at + 1 : at + 5]]
+    assert told == [["hub", "transformers"], ["llava", "no"], ["gguf", "llama.cpp,"], ["onnx", "onnxruntime"]]
+    assert "vision.connector: 'pixel_shuffle'; Llava's is 'mlp' of two layers" in lines[at + 2]
+
+
 def test_one_row_is_shown_whole_and_exactly_what_trains_is_marked(recipe):
     text = shown(recipe(seq_len=256, batch_tokens=256))
     row = text[text.index("first row:") :]

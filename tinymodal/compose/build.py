@@ -34,6 +34,7 @@ from tinymodal.compose.mouth import (
     read_codec,
     speech_config,
 )
+from tinymodal.compose.narrow import Bits, is_narrow, narrow
 from tinymodal.compose.pretrained import fetch as fetch
 from tinymodal.compose.pretrained import locate as locate
 from tinymodal.compose.pretrained import (
@@ -378,7 +379,11 @@ def _check_layouts(eye: TinyModalImageProcessor, chosen: Mapping[str, Any]) -> N
 
 
 def load(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, key: str = ""
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    key: str = "",
+    bits: Bits | None = None,
 ) -> Composed:
     """Read a composed model.
 
@@ -387,9 +392,12 @@ def load(
         device: where the weights go.
         dtype: data type of the weights, whatever they were saved in.
         key: the recipe key that named it, for the error.
+        bits: 8 or 4: store the language model in so many, to answer with; see ``compose/narrow.py``. None: as
+            ``dtype`` says.
 
     Raises:
         CheckpointError: there is no such folder, it holds another kind of model, or not all of its weights.
+        RecipeError: other ``bits``, or 4 without bitsandbytes.
     """
     folder = model_folder(str(path), key)
     where = f"{key}: {folder}" if key else str(folder)
@@ -411,6 +419,8 @@ def load(
         refuse_missing(info, where)
         processor = TinyModalProcessor.from_pretrained(folder)
     encoder = Encoder(processor, model.config.chat_template, max_prompt_tokens=_context(model.config))
+    if bits is not None:
+        narrow(model, bits, device)  # before it goes there: a GPU never holds what is not rounded yet
     return Composed(model.to(device).eval(), encoder, open_own(folder, model.config))
 
 
@@ -418,7 +428,15 @@ def save(composed: Composed, folder: Path | str) -> None:
     """Write weights, config, processor and the code that reads them.
 
     The folder appears whole or not at all: it is written beside its place and then renamed.
+
+    Raises:
+        CheckpointError: the model was read with ``bits``; what it was made from cannot be written any more.
     """
+    if is_narrow(composed.model):
+        raise CheckpointError(
+            f"{folder}: this model was read with 'bits', which rounded its weights; read it without, "
+            f"and write that"
+        )
     with _whole(Path(folder)) as partial:
         composed.model.save_pretrained(partial)
         composed.processor.save_pretrained(partial)

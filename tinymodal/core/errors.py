@@ -18,3 +18,7 @@ class DataError(TinyModalError):
 
 class CheckpointError(TinyModalError):
     """A folder does not hold the model, tower or run it was named as."""
+
+
+class ExportError(TinyModalError):
+    """What a model cannot be exported to, or what an export does not compute as it should; names the part."""

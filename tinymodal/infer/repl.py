@@ -1,9 +1,9 @@
 """Talk to a model in the terminal, about pictures and sounds if you like, and let it answer aloud.
 
 Lines are questions; lines that begin with a slash are commands. A mistake (a picture that is not there, a
-word that is a control token) is one line, and the conversation goes on as if nothing had been typed. Where
-input comes from a pipe only the replies are printed, so ``echo "What is this?" | tinymodal chat --image
-cat.png`` can be used in a script.
+word that is a control token) is one line, and the conversation goes on as if nothing had been typed. A
+terminal that can shows the pictures. Where input comes from a pipe only the replies are printed, so ``echo
+"What is this?" | tinymodal chat --image cat.png`` can be used in a script.
 
 A sound may be the question itself: an empty line asks it, and so does the end of a pipe.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +25,7 @@ from tinymodal.core.types import Audio, Image, Medium, Message, Part, Sample, Te
 from tinymodal.data.convert import Folders
 from tinymodal.data.convert import messages as as_sample
 from tinymodal.infer.engine import GREEDY, AudioDelta, Engine, Sampling, TextDelta
+from tinymodal.infer.preview import preview, way_of
 from tinymodal.infer.recording import Recording, check_place
 
 HELP = """\
@@ -274,8 +277,12 @@ def chat(
         path = Path(str(part.source))
         talk.show(path) if isinstance(part, Image) else talk.play(path)
     terminal = lines.isatty()
+    # Replies may go to a file while questions are typed: a picture goes to a terminal only.
+    shown = out if terminal and out.isatty() else None
     if terminal:
         _enable_line_editing()
+        for part in media:
+            _preview(part, shown)
         told = _count(talk.waiting)
         print(f"Ask away.{told} /image FILE shows a picture, /help lists the rest, Ctrl-D leaves.", file=out)
     errors = 0
@@ -283,6 +290,8 @@ def chat(
         try:
             if text.startswith("/"):
                 _command(talk, text, err)
+                if text.startswith("/image "):
+                    _preview(talk.waiting[-1], shown)
             else:
                 # Closed at once, so that a turn that is stopped here is remembered too.
                 with contextlib.closing(talk.ask(text)) as pieces:
@@ -355,6 +364,14 @@ def _command(talk: Chat, text: str, err: TextIO) -> None:
         print(HELP, file=err)
     else:
         raise DataError(f"unknown command {name}; /help lists them. A question may not begin with a slash.")
+
+
+def _preview(part: Medium, out: TextIO | None) -> None:
+    """Show a picture in a terminal that can."""
+    way = None if out is None else way_of(os.environ)
+    if out is not None and way is not None and isinstance(part, Image):
+        columns = shutil.get_terminal_size().columns
+        print(preview(Path(str(part.source)), way, columns), end="", file=out, flush=True)
 
 
 def _joined(lines: Iterable[str | None]) -> Iterator[str]:

@@ -357,6 +357,7 @@ class TinyModalProcessor(ProcessorMixin):
         fit_pixels: tuple[int, int] | None = None,
         audio: Any = None,
         sampling_rate: int | None = None,
+        return_text_replacement_offsets: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Texts with ``<image>`` and ``<audio>`` where media go -> what the model's forward takes.
@@ -370,6 +371,8 @@ class TinyModalProcessor(ProcessorMixin):
             fit_pixels: least and most pixels of a picture after resizing; None: as composed.
             audio: sounds of all texts in reading order, or lists of them.
             sampling_rate: of sounds that are samples; files say their own.
+            return_text_replacement_offsets: also return, for each text, what its placeholders became, as
+                transformers' own processors do and vLLM asks.
             **kwargs: for the tokenizer; ``return_tensors`` is "pt", and several texts are padded on the left.
 
         Returns:
@@ -405,7 +408,7 @@ class TinyModalProcessor(ProcessorMixin):
         values: dict[str, Any] = {}
         for kind, media in prepared.items():
             values |= as_inputs(media, kind) if media else {}
-        texts = self._widen(texts, prepared)
+        texts, became = self._widen(texts, prepared)
         # On the left: what is generated follows the last word of every row.
         left = {"padding": len(texts) > 1, "padding_side": "left"}
         kwargs = {"return_tensors": "pt", **left, **kwargs}
@@ -415,18 +418,33 @@ class TinyModalProcessor(ProcessorMixin):
             words["mm_token_type_ids"] = ids.eq(self.image_token_id).long()
             if self.audio_token_id is not None:
                 words["mm_token_type_ids"] += 3 * ids.eq(self.audio_token_id).long()
+        if return_text_replacement_offsets:
+            words["text_replacement_offsets"] = became
         return BatchFeature({**words, **values})
 
-    def _widen(self, texts: Sequence[str], prepared: dict[str, list[Any]]) -> list[str]:
-        """Each placeholder as often as its medium has tokens."""
+    def _widen(
+        self, texts: Sequence[str], prepared: dict[str, list[Any]]
+    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """Each placeholder as often as its medium has tokens; and what became of each, text by text."""
         tokens = {kind: iter([medium.tokens for medium in media]) for kind, media in prepared.items()}
         kinds = {token: kind for kind, token in self.places.items()}
-
-        def widened(found: re.Match[str]) -> str:
-            kind = kinds[found.group()]
-            return self.placeholder(next(tokens[kind]), kind)
-
-        return [re.sub("|".join(map(re.escape, kinds)), widened, text) for text in texts]
+        places = re.compile("|".join(map(re.escape, kinds)))
+        wide, became = [], []
+        for text in texts:
+            pieces: list[str] = []
+            changes: list[dict[str, Any]] = []
+            end = length = 0
+            for found in places.finditer(text):
+                kind = kinds[found.group()]
+                word = self.placeholder(next(tokens[kind]), kind)
+                pieces += (text[end : found.start()], word)
+                length += found.start() - end + len(word)
+                end = found.end()
+                new = {"new_span": (length - len(word), length), "replacement": word}
+                changes.append({"type": kind, "span": found.span(), "text": found.group(), **new})
+            wide.append("".join((*pieces, text[end:])))
+            became.append(changes)
+        return wide, became
 
     def _get_num_multimodal_tokens(
         self,

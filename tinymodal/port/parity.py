@@ -26,16 +26,21 @@ TOLERANCE = 1e-4
 """Largest |difference| of logits in float32. Equal arithmetic in another order differs by about 1e-5; a wrong
 layer, norm or order of tokens by more than 1e-2."""
 
+RATE_HZ = 16_000
+"""Of a case's sounds."""
+
 NUM_NEW_TOKENS = 8
 """Length of the greedy text that is compared."""
 
 
 class Case(NamedTuple):
-    """Pictures and a text with a place (``<image>``) for each."""
+    """Pictures and sounds, and a text with a place (``<image>``, ``<audio>``) for each."""
 
     name: str
     pictures: tuple[PIL.Image.Image, ...]
     text: str
+    sounds: tuple[Tensor, ...] = ()
+    """float32 [samples] each, at 16,000 Hz."""
 
 
 class Reference(Protocol):
@@ -210,7 +215,8 @@ def judge(
 
 def prepared(ours: Composed, case: Case) -> dict[str, Any]:
     """The case as our own forward takes it."""
-    return dict(ours.processor(images=list(case.pictures) or None, text=case.text))
+    heard: dict[str, Any] = {"audio": list(case.sounds), "sampling_rate": RATE_HZ} if case.sounds else {}
+    return dict(ours.processor(images=list(case.pictures) or None, text=case.text, **heard))
 
 
 def greedy(model: Any, inputs: Mapping[str, Any], num: int, known: int | None = None) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tinymodal.chat.encode import seen_by_tower
-from tinymodal.compose import build
+from tinymodal.compose import build, targets
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import IGNORE, Batch, Sample
 from tinymodal.train import adapters
@@ -62,6 +62,9 @@ def preview(recipe: Recipe, out: Console | None = None) -> None:
     composed = build.build(recipe.model, recipe.seed)
     check(recipe, composed)
     _print_parts(composed, out)
+    out.print("\nwhere it will run, with tinymodal export --to:", markup=False)
+    for line in targets.lines(targets.verdicts(composed)):
+        out.print(line, markup=False)
     for index, stage in enumerate(recipe.stages):
         out.print()
         _print_stage(recipe, index, composed, out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinymodal.core.errors import DataError, RecipeError
-from tinymodal.verbs.options import STARTER, add_device, device_of, load_model, positive, results_folder
+from tinymodal.verbs.options import STARTER, add_bits, add_device, load_model, positive, results_folder
 
 if TYPE_CHECKING:
     from tinymodal.eval.benchmark import Benchmark, Listener
@@ -108,6 +108,7 @@ def add_eval(verbs: Any) -> None:
         help="of a million tokens, to show the cost",
     )
     add_device(p)
+    add_bits(p)
     p.set_defaults(run=run_eval)
 
 
@@ -148,10 +149,11 @@ def run_eval(args: argparse.Namespace) -> None:
 
     folders = places_of(models, args.out)
     check(args, benchmarks(names, args.data), folders)
+    from tinymodal.compose.device import device_of
     from tinymodal.train.recipe import Parallel
     from tinymodal.train.world import open_world
 
-    with open_world(Parallel(), device_of(args)) as world:
+    with open_world(Parallel(), device_of(args.device)) as world:
         for model, folder in zip(models, folders, strict=True):
             results = evaluate_one(args, model, names, folder, world)
     if len(models) == 2 and results:  # of several processes only the first has them

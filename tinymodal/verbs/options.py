@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinymodal.core.errors import RecipeError
-
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
 
@@ -17,7 +15,17 @@ STARTER = "starter"
 
 def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU if there is one"
+    )
+
+
+def add_bits(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--bits",
+        type=int,
+        choices=(8, 4),
+        help="store the language model in so many bits: a quarter of its memory, or less; 4 needs the extra "
+        "'quant'",
     )
 
 
@@ -29,19 +37,11 @@ def positive(text: str) -> int:
 
 
 def load_model(args: argparse.Namespace) -> Composed:
-    """The model of ``MODEL`` on ``--device``."""
+    """The model of ``MODEL`` on ``--device``, in ``--bits``."""
     from tinymodal.compose.build import load
+    from tinymodal.compose.device import device_of
 
-    return load(args.model, device=device_of(args))
-
-
-def device_of(args: argparse.Namespace) -> str:
-    """``cpu`` or ``cuda``, as ``--device`` says."""
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device cuda: torch sees no GPU here; leave the option out to use the CPU.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else str(args.device)
+    return load(args.model, device=device_of(args.device), bits=getattr(args, "bits", None))
 
 
 def results_folder(name: str) -> Path:

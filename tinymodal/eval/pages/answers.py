@@ -3,7 +3,7 @@
 The page is a single file that names nothing outside itself. Each benchmark has its numbers, how they were
 made, and up to 200 questions to look through: as many wrong as right, of all kinds, drawn by their ids, so
 that two models' pages mostly show the same ones. What a model says is anybody's text: all of it is escaped,
-and the page's own policy lets no script run but ours, which only hides cards (``page_style.py``).
+and the page's own policy lets no script run but ours, which only hides cards (``style.py``).
 """
 
 from __future__ import annotations

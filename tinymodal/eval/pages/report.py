@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from tinymodal.core.page import STYLE
 from tinymodal.eval.pages.curves import Curve, panels
-from tinymodal.eval.pages.report_style import STYLE
 
 if TYPE_CHECKING:
     from rich.table import Table

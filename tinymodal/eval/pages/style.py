@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 from tinymodal.core.errors import DataError
+from tinymodal.core.page import document, told
 from tinymodal.eval.folder import write_atomically
-from tinymodal.eval.pages.report_style import STYLE
 
-MAX_CHARACTERS = 2_000
-"""Of a text, shown."""
 MISSING = '<div class="missing"'
 """Begins what stands for a picture or a sound that cannot be read."""
-UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b\\x0e-\\x1f\\x7f-\\x9f]")
 
 SCRIPT = """
 (() => {
@@ -104,7 +97,7 @@ background:var(--new)}
 @media(max-width:560px){main{padding:24px 14px 40px}.controls{position:static}output{margin-left:0}}
 @media print{.controls{display:none}}
 """
-"""Behind :data:`tinymodal.eval.pages.report_style.STYLE`."""
+"""Behind :data:`tinymodal.core.page.STYLE`."""
 
 
 class Key(NamedTuple):
@@ -124,32 +117,8 @@ def write_document(path: Path, title: str, body: str) -> Path:
     """
     if path.is_dir():
         raise DataError(f"{path}: is a folder; expected the name of a page. Give a file, e.g. page.html")
-    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = (
-        "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
-        f"form-action 'none'; script-src 'sha256-{script}'"
-    )
-    write_atomically(
-        path,
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{told(title)}</title>\n<style>{STYLE}{ADDED}</style>\n</head>\n<body>\n<main>\n{body}\n"
-        f"</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n",
-    )
+    write_atomically(path, document(title, body, ADDED, SCRIPT))
     return path
-
-
-def told(text: object, limit: int = MAX_CHARACTERS) -> str:
-    """Any text as HTML, at most so many characters of it.
-
-    Half characters, which no file can hold, and those that no page may become question marks.
-    """
-    whole = str(text)
-    shown = whole[:limit].encode("utf-8", "replace").decode()
-    rest = f" … ({len(whole):,} characters)" if len(whole) > limit else ""
-    return escape(UNPRINTABLE.sub("?", shown)) + rest
 
 
 def table(heads: Sequence[str], rows: Sequence[str]) -> str:

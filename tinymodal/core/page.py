@@ -1,4 +1,19 @@
-"""How a report's page looks: light and dark, wide and narrow."""
+"""How every page of ours is made up: one look in light and dark, wide and narrow, and nothing from elsewhere.
+
+A page is one file that names nothing outside itself; its own policy forbids the browser to load anything, and
+any script but one whose hash it states. What people and models wrote goes through :func:`told`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html import escape
+
+MAX_CHARACTERS = 2_000
+"""Of a text, shown."""
+UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b\\x0e-\\x1f\\x7f-\\x9f]")
 
 STYLE = """
 :root{--paper:#fbfbf9;--card:#fff;--ink:#1c1d20;--muted:#62656d;--rule:#e1e2de;--track:#ecede9;
@@ -71,3 +86,39 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;margin:0}dd{m
 overflow-wrap:anywhere}
 @media(max-width:560px){dl{grid-template-columns:1fr}dt{font-weight:650}}
 """
+"""Of all pages but those of ``tinymodal compare``."""
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A whole page as text.
+
+    Args:
+        title: of the page; any text.
+        body: HTML inside ``main``.
+        style: behind :data:`STYLE`.
+        script: the only one that may run; empty: none may.
+    """
+    runs = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+        "form-action 'none'" + (f"; script-src 'sha256-{runs}'" if script else "")
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{told(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        f"</main>\n{f'<script>{script}</script>' if script else ''}\n</body>\n</html>\n"
+    )
+
+
+def told(text: object, limit: int = MAX_CHARACTERS) -> str:
+    """Any text as HTML, at most so many characters of it.
+
+    Half characters, which no file can hold, and those that no page may become question marks.
+    """
+    whole = str(text)
+    shown = whole[:limit].encode("utf-8", "replace").decode()
+    rest = f" … ({len(whole):,} characters)" if len(whole) > limit else ""
+    return escape(UNPRINTABLE.sub("?", shown)) + rest
