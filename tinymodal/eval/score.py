@@ -62,7 +62,7 @@ def score_answers(
     benchmark = opened(task, data) if isinstance(task, OnDisk) else task
     problems = benchmark.problems
     rows_path = replies_path(out, benchmark.name)
-    with alone(out), _without_collector():
+    with alone(out), without_collector():
         if any(not row["run"].startswith(MARK) for row in read_rows(rows_path)):
             raise DataError(
                 f"{out}: holds replies of a model to {benchmark.name}, which would be lost; give another "
@@ -91,7 +91,7 @@ def score_answers(
 
 
 @contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Hundreds of thousands of rows, none in a circle: looking for circles took two thirds of the time."""
     was = gc.isenabled()
     gc.disable()

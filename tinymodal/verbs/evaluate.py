@@ -262,7 +262,7 @@ def score_elsewhere(args: argparse.Namespace, names: Sequence[str]) -> None:
     from tinymodal.core.lookup import find
     from tinymodal.eval.names import benchmark, opened
     from tinymodal.eval.own import checked
-    from tinymodal.eval.score import score_answers
+    from tinymodal.eval.score import score_answers, without_collector
     from tinymodal.eval.tasks.table import ON_DISK
 
     if len(names) != 1:
@@ -277,9 +277,10 @@ def score_elsewhere(args: argparse.Namespace, names: Sequence[str]) -> None:
     else:
         asked = benchmark(name, args.data)
     check(args, [asked], [folder])
-    result = score_answers(checked(asked), args.answers, folder, judge=judge_of(args, folder))
-    show([result], folder, args.answers.name)
-    submit([result], args.submission)
+    with without_collector():  # the page looks at as many rows
+        result = score_answers(checked(asked), args.answers, folder, judge=judge_of(args, folder))
+        show([result], folder, args.answers.name)
+        submit([result], args.submission)
 
 
 def plain_name(answers: Path) -> str:

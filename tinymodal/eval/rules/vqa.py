@@ -281,8 +281,12 @@ def score_vqa(question: Question, reply: str) -> Score:
 
 def told_answers(value: object) -> list[str]:
     """Answers of a row: texts, or objects with ``answer``; none where any of them is something else."""
-    rows = value if isinstance(value, list) else []
-    texts: list[Any] = [row.get("answer") if isinstance(row, dict) else row for row in rows]
+    texts: list[Any]
+    try:
+        texts = [row["answer"] for row in value]  # type: ignore[attr-defined]
+    except (KeyError, TypeError):
+        rows = value if isinstance(value, list) else []
+        texts = [row.get("answer") if isinstance(row, dict) else row for row in rows]
     return texts if set(map(type, texts)) == {str} else []
 
 
