@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
@@ -45,6 +45,7 @@ def choices(sampling: Sampling, rows: int = 1, prompt=(1, 2), said=()) -> list[C
     min_p=st.floats(0.0, 1.0),
     temperature=st.floats(0.1, 3.0),
 )
+@example(seed=0, top_k=0, top_p=0.9999999999999999, min_p=0.0, temperature=0.5)
 def test_filters_are_those_of_the_library_in_its_order(seed, top_k, top_p, min_p, temperature):
     given_BV = logits(seed)
     expected = TemperatureLogitsWarper(temperature)(None, given_BV)
@@ -55,9 +56,11 @@ def test_filters_are_those_of_the_library_in_its_order(seed, top_k, top_p, min_p
     if min_p:
         expected = MinPLogitsWarper(min_p)(None, expected)
     found = filtered(given_BV, Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
-    # A sum that meets top_p to the last bit may be counted either way, so one token more or less is no fault.
-    differs = (found != expected).sum(-1)
-    assert differs.max() <= 1
+    # A sum that meets top_p to the last bit may be counted either way, so one token more or less is no fault;
+    # nor are those that have less of the probability than a float32 sum can tell, where top_p is all but 1.
+    differs = found != expected
+    shares = (given_BV / temperature).softmax(-1) * differs
+    assert (shares.sum(-1) - shares.max(-1).values).max() < 1e-5
     if not differs.any():
         torch.testing.assert_close(found, expected)
 
