@@ -6,8 +6,6 @@ import torch
 
 from tinymodal.core.errors import RecipeError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-
 
 def device_of(name: str, key: str = "--device") -> str:
     """What torch calls it.

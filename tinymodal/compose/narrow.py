@@ -130,8 +130,9 @@ def is_narrow(model: Any) -> bool:
 @torch.no_grad()
 def _factor(embedding: Any, bits: int, key: str) -> float:
     """By what families multiply the rows they look up."""
-    row = embedding.weight[-1].detach().float()
-    found = embedding(torch.tensor([len(embedding.weight) - 1], device=row.device))[0].float()
+    longest = embedding.weight.detach().float().norm(dim=1).argmax()  # rows of padding may be zero
+    row = embedding.weight[longest].detach().float()
+    found = embedding(longest[None])[0].float()
     factor = float(found @ row / (row @ row).clamp(min=1e-30))
     if not torch.allclose(found, factor * row, rtol=1e-2, atol=1e-6):
         raise RecipeError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Sample
+from tinymodal.core.types import Sample, Text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,12 @@ class Question:
     answer: str
     meta: Mapping[str, str] = field(default_factory=dict)
     """What the reducers group by, e.g. ``{"kind": "colour"}``; written beside every reply."""
+
+    @property
+    def words(self) -> str:
+        """What is asked, without its pictures and sounds."""
+        parts = (part for message in self.sample.messages for part in message.parts)
+        return "".join([part.text for part in parts if isinstance(part, Text)])
 
 
 @dataclass(frozen=True, slots=True)

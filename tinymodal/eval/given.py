@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Text
 from tinymodal.eval.benchmark import Benchmark, Given, Problems, Question
 from tinymodal.eval.files import PACKED, TABLES, id_of, read_json, read_jsonl, read_rows, read_text, rows_in
 
@@ -140,7 +139,7 @@ def join(
             f"{path}: answers none of the {len(asked):,} questions of {benchmark.name}; expected ids such as "
             f"{example!r}. Is it the file of another benchmark or split?"
         )
-    words = {question.sample.id: words_of(question) for question in questions[:COMPARED]}
+    words = {question.sample.id: question.words.strip() for question in questions[:COMPARED]}
     both = [(found[name].text.strip(), asked) for name, asked in words.items() if name in found and asked]
     if len(both) > 1 and all(said == asked for said, asked in both):
         raise DataError(
@@ -151,9 +150,3 @@ def join(
         if question.sample.id not in found:
             problems.add(MISSING, question.sample.id)
     return found
-
-
-def words_of(question: Question) -> str:
-    """What a question asks in words."""
-    parts = (part for message in question.sample.messages for part in message.parts)
-    return "".join(part.text for part in parts if isinstance(part, Text)).strip()

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.log import say
-from tinymodal.core.types import Text
 from tinymodal.eval.benchmark import BETWEEN, Benchmark, Given, Judging, OnDisk, Problems, Question, Score
 from tinymodal.eval.folder import (
     RESULTS,
@@ -166,10 +165,9 @@ def _read(judging: Judging, question: Question, answer: Given, problems: Problem
 
 def _row(answered: Answered, mark: str) -> dict[str, object]:
     question = answered.question
-    asked = "".join(part.text for m in question.sample.messages for part in m.parts if isinstance(part, Text))
     return {
         "id": question.sample.id,
-        "prompt": asked,
+        "prompt": question.words,
         "reply": answered.reply,
         "stopped_by": "given",
         "answer": question.answer,

@@ -114,8 +114,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         rule = rules().get(kind, {}) if rules() else {"role": "Assistant", "prompt": INSTRUCTION}
         if not isinstance(rule, Mapping) or not rule.keys() >= {"role", "prompt"}:
             raise ValueError(f"{RULE.patterns[0]} holds no role and prompt for {kind}")
-        words = "".join(part.text for part in question.sample.messages[0].parts if isinstance(part, Text))
-        sections = [f"[Context]\n{description}", f"[Question]\n{words}"]
+        sections = [f"[Context]\n{description}", f"[Question]\n{question.words}"]
         for number, answer in enumerate((question.answer, reply), 1):
             who = f"{rule['role']} {number}"
             sections += [f"[{who}]\n{answer}", f"[End of {who}]"]

@@ -112,8 +112,8 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
 
     def prompt(question: Question, reply: str) -> Sequence[Mapping[str, str]]:
         truth = question.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-        asked = "".join(part.text for part in question.sample.messages[0].parts if isinstance(part, Text))
-        return [{"role": "user", "content": words() + "\n" + " | ".join((asked, truth, reply, ""))}]
+        told = " | ".join((question.words, truth, reply, ""))
+        return [{"role": "user", "content": f"{words()}\n{told}"}]
 
     wording = OUR_WORDING if official is None else f"that of {official.name}"
     return Benchmark(
