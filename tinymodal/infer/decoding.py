@@ -286,7 +286,7 @@ class Group:
 
     def _guess(self) -> list[int]:
         """What may come next of a row that is alone: what followed its last two tokens before."""
-        if len(self.answers) > 1 or not self.language.joins:
+        if len(self.answers) > 1 or self.answers[0].sampling.num_beams > 1 or not self.language.joins:
             return []
         (answer,) = self.answers
         most = min(answer.sampling.lookup, answer.most - len(answer.ids) - 1)

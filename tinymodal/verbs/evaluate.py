@@ -21,7 +21,7 @@ PAGE = "eval.html"
 DIFFERENCE = "difference.html"
 """In the second model's folder."""
 KEY = "OPENAI_API_KEY"
-ASKING = ("models", "limit", "batch", "aloud", "device")
+ASKING = ("models", "limit", "batch", "aloud", "device", "bits")
 """Options of asking a model."""
 NOT_WHERE = (
     *ASKING, "answers", "submission", "out", "listener", "voice", "judge", "judge_model", "judge_key",
@@ -218,7 +218,7 @@ def evaluate_one(
 ) -> list[Result]:
     from tinymodal.eval.run import BATCH_SIZE, evaluate
 
-    composed: Any = load_model(argparse.Namespace(model=model, device=args.device))
+    composed: Any = load_model(argparse.Namespace(model=model, device=args.device, bits=args.bits))
     if world.size > 1:
         composed.model.to(world.device)
     spoken: dict[str, Any] = {"spoken": args.aloud, "voice": args.voice}
