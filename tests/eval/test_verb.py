@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tinymodal import cli
+from tinymodal.core.errors import DataError
 from tinymodal.verbs import evaluate as verb
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,3 +215,15 @@ def test_two_processes_compare_two_models_and_tell_it_once(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Where they differ") == 1
     assert (tmp_path / "out/b/difference.html").exists()
+
+
+def test_the_model_is_read_in_the_bits_that_are_asked_for(monkeypatch, tmp_path):
+    asked = {}
+
+    def load(path, **how):
+        asked.update(how)
+        raise DataError("enough")
+
+    monkeypatch.setattr("tinymodal.compose.build.load", load)
+    assert cli.main(["eval", "starter", "--on", "scenes", "--bits", "8", "--out", str(tmp_path)]) == 1
+    assert asked["bits"] == 8

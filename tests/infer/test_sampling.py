@@ -15,6 +15,7 @@ from transformers import (
 
 from tests.infer.test_engine import QUESTIONS, SHORT, ask, heard, speaking
 from tinymodal.compose.tiny import tiny_model
+from tinymodal.core.types import Message, Sample, Text
 from tinymodal.infer.decoding import Group
 from tinymodal.infer.engine import Engine, Sampling
 from tinymodal.infer.logprobs import TokenBytes
@@ -312,3 +313,12 @@ def test_guesses_are_heard_as_what_was_chosen_one_by_one():
     torch.testing.assert_close(heard(engine.stream(QUESTIONS[0], ahead, speak=True)), reply.audio)
     with Scheduler(engine) as scheduler:
         torch.testing.assert_close(scheduler.submit(QUESTIONS[0], ahead, speak=True).reply.audio, reply.audio)
+
+
+def test_a_search_by_beams_does_not_guess_ahead():
+    engine = Engine(tiny_model(language="llama"))
+    words = Message("user", (Text("say it say it say it"),))
+    question = Sample((words, Message("assistant", (Text("it say it"),)), words), "repeats")
+    beams = {"max_new_tokens": 12, "num_beams": 3}
+    plain, ahead = (engine.reply([question], Sampling(lookup=n, **beams))[0] for n in (0, 4))
+    assert ahead == plain
