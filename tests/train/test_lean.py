@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -387,13 +385,3 @@ def test_lines_say_what_is_on_and_why_not_more():
         assert made.lines[-1] == "their loops compiled" or "not compiled (" in made.lines[-1]
     with lean.lean(Objective(both("opt")[0])) as made:
         assert made.lines[0].startswith("documents by a mask (states of OPTModel differ by")
-
-
-def test_memory_can_be_held():
-    told = subprocess.run(
-        [sys.executable, "-c", "from tinymodal.train.lean import hold_memory; print(hold_memory())"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert told.stdout.strip() == str(sys.platform == "linux")

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Encoded, Sample
+from tinymodal.core.memory import hold_memory
+from tinymodal.core.types import Audio, Encoded, Image, Sample
 from tinymodal.infer.answer import Answer, AudioDelta, Reply, TextDelta, Writer
 from tinymodal.infer.beams import Beams
 from tinymodal.infer.decoding import Group, Language, Step
@@ -72,6 +74,8 @@ class Engine:
         self.kept = Kept(0)
         if prefix_mb:
             self.keep(prefix_mb)
+        if self.language.device.type == "cpu":
+            hold_memory()
 
     def keep(self, mb: int) -> None:
         """Remember up to so many megabytes of what is read: prepared media, embeddings, keys and values.
@@ -234,7 +238,9 @@ class Engine:
         with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), batch_size))) as readers:
             waiting = iter(samples)
             while batch := list(islice(waiting, batch_size)):
-                read = list((map if len(batch) == 1 else readers.map)(self.encode, batch))
+                # What is decoded already takes threads longer than it takes one: they wait for each other.
+                many = len(batch) > 1 and any(_is_read(sample) for sample in batch)
+                read = list((readers.map if many else map)(self.encode, batch))
                 window += read
                 pixels += sum(tile.numel() // 3 for row in read for item in row.media for tile in item.tiles)
                 if len(window) >= batch_size * WINDOW or pixels >= WINDOW_PIXELS:
@@ -288,6 +294,12 @@ class Engine:
         # A placeholder means "look at this picture": as a word of the reply it would have none to look at.
         never = list(self.language.places.values())
         return choose(logits_BV, [answer.choice for answer in answers], never, sorted(self.stop_ids))
+
+
+def _is_read(sample: Sample) -> bool:
+    """Whether a picture or a sound of it has to be decoded."""
+    parts = (part for message in sample.messages for part in message.parts)
+    return any(isinstance(p, Image | Audio) and isinstance(p.source, Path | bytes) for p in parts)
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:

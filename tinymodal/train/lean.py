@@ -16,7 +16,6 @@ Layers with an adapter or of few bits are called as they are, between the parts 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -154,27 +153,3 @@ def _make(module: nn.Module) -> tuple[Any, ...]:
 
 def _sizes(module: nn.Module) -> tuple[Any, ...]:
     return tuple((name, p.shape, p.requires_grad) for name, p in module.named_parameters(recurse=False))
-
-
-# Memory of the process
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's ``malloc.h``."""
-
-
-def hold_memory() -> bool:
-    """Let this process keep the memory it frees, instead of asking the system for the same pages each step.
-
-    For processes that train on the CPU: no page faults after the first steps (1,500 to 4,500 a step before),
-    6 to 13 % of the time of small models. Costs nothing in peak memory.
-
-    Returns:
-        Whether the C library could be told.
-    """
-    try:
-        tell = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False  # not glibc
-    most = 1 << 30
-    return bool(tell(M_MMAP_THRESHOLD, most)) and bool(tell(M_TRIM_THRESHOLD, most))

@@ -27,11 +27,11 @@ from tinymodal.compose.quantize import require
 from tinymodal.core import config
 from tinymodal.core.errors import CheckpointError, RecipeError
 from tinymodal.core.log import Metrics, say
+from tinymodal.core.memory import hold_memory
 from tinymodal.model.language import packs_exactly
 from tinymodal.train import adapters, checkpoint, trackers
 from tinymodal.train.checkpoint import Checkpoint
 from tinymodal.train.groups import trainable
-from tinymodal.train.lean import hold_memory
 from tinymodal.train.machine import record
 from tinymodal.train.objective import Objective
 from tinymodal.train.optim import require_optimizer
