@@ -26,7 +26,7 @@ from tinymodal.eval.folder import (
     replies_path,
     write_atomically,
 )
-from tinymodal.eval.given import join, unique
+from tinymodal.eval.given import UNANSWERED, join, unique
 from tinymodal.eval.judge import UNGRADED, UNREAD
 from tinymodal.eval.names import opened
 from tinymodal.eval.results import Answered, Result
@@ -108,17 +108,20 @@ def grade(
     problems: Problems,
     judge: Judge | None,
 ) -> list[Score | None]:
-    """A score of each question; None, and a note, where only a judge could tell and there is none."""
+    """A score of each question, 0 of one without an answer.
+
+    None, and a note, where only a judge could tell and there is none.
+    """
     judging = benchmark.judge
     found: list[Score | None] = []
     waiting: dict[int, tuple[Question, str]] = {}
     for question in asked:
-        answer = given.get(question.sample.id) or Given(question.sample.id, "", "")
-        if judging is None:
-            found.append(benchmark.score(question, answer.text))
-        elif answer.verdicts:
+        answer = given.get(question.sample.id)
+        if answer is None:
+            found.append(Score(0.0, parsed=UNANSWERED))
+        elif judging is not None and answer.verdicts:
             found.append(_read(judging, question, answer, problems))
-        elif _judged(judging, question, answer.text):
+        elif judging is not None and _judged(judging, question, answer.text):
             waiting[len(found)] = question, answer.text
             found.append(None)
         else:
