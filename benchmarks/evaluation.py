@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import Row, finish, interleave, less, more, words
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_ANSWERS = 100_000
 WORDS = ("yes", "no", "2", "two", "red", "a dog", "on the table", "it's blue.", "US", "skate board", "1,000")
 CODE = """

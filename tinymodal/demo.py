@@ -30,12 +30,13 @@ from tinymodal.core.config import load as load_recipe
 from tinymodal.core.errors import RecipeError
 from tinymodal.core.log import program, say
 from tinymodal.core.types import Image, Sample, Text
+from tinymodal.eval.folder import write_atomically
 from tinymodal.eval.pages import report as pages
 from tinymodal.eval.pages.curves import curves
 from tinymodal.eval.pages.playable import playable, sounds_of
 from tinymodal.eval.results import Answered, Result
 from tinymodal.eval.rules.answers import exact
-from tinymodal.eval.run import run, write_atomically
+from tinymodal.eval.run import run
 from tinymodal.eval.speaking import aloud
 from tinymodal.eval.tasks import scenes, sounds
 from tinymodal.eval.tasks.table import PER_KIND_ALOUD

@@ -12,6 +12,7 @@ import pytest
 from tinymodal.core.errors import DataError
 from tinymodal.eval.benchmark import File, OnDisk, Problems
 from tinymodal.eval.files import (
+    files_of,
     find_file,
     folder_of,
     need,
@@ -19,6 +20,8 @@ from tinymodal.eval.files import (
     read_json,
     read_rows,
     read_text,
+    rows_by_id,
+    rows_of,
     text_of,
 )
 
@@ -59,6 +62,59 @@ def test_all_parts_of_a_file_are_found_and_missing_ones_named(tmp_path):
     assert [part.name[:10] for part in parts] == ["test-00000", "test-00001"]
     assert problems.counts == {"parts of files that are missing": 1}
     assert parts_of(tmp_path / "mmstar.parquet", problems) == [tmp_path / "mmstar.parquet"]
+
+
+def test_all_files_of_a_name_are_found_and_missing_parts_of_any_named_once(tmp_path):
+    names = ("art/v-00001-of-00003.parquet", "art/v-00002-of-00003.parquet", "law/v-00000-of-00001.parquet")
+    for name in names:
+        put(tmp_path / name, "")
+    problems = Problems()
+    assert files_of(tmp_path, "v-*.parquet", problems) == [tmp_path / name for name in names]
+    assert problems.told()["parts of files that are missing"] == {
+        "count": 1,
+        "named": [f"{tmp_path / names[0]}: found 2 of 3"],
+    }
+    assert files_of(tmp_path, "w-*.parquet", problems) == []
+
+
+def test_rows_of_all_parts_of_a_parquet_are_read_and_a_missing_part_is_told(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    for part in (0, 1):
+        rows = pa.table({"n": [2 * part, 2 * part + 1]})
+        pyarrow.parquet.write_table(rows, tmp_path / f"test-0000{part}-of-00003-ab.parquet")
+    problems = Problems()
+    found = rows_of(tmp_path / "test-00000-of-00003-ab.parquet", "data", problems)
+    assert [row["n"] for _, row in found] == [0, 1, 2, 3]
+    assert problems.told()["parts of files that are missing"]["named"] == [
+        f"{tmp_path}/test-00000-of-00003-ab.parquet: found 2 of 3"
+    ]
+
+
+def test_a_file_without_a_list_of_rows_is_refused_and_an_unreadable_row_is_told(tmp_path):
+    path = tmp_path / "questions.json"
+    path.write_text('{"data": 3}')
+    with pytest.raises(DataError, match=r"a list of rows, or an object with a list called 'questions'"):
+        list(rows_of(path, "questions", Problems()))
+    path.write_text('{"questions": [3, {"a": 1}]}')
+    problems = Problems()
+    found = rows_of(path, "questions", problems)
+    assert list(found) == [("questions.json: row 2", {"a": 1})]
+    assert problems.told() == {"unreadable rows": {"count": 1, "named": ["questions.json: row 1"]}}
+
+
+def test_rows_by_id_are_those_of_an_object_or_of_all_parts_of_a_table(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    problems = Problems()
+    told = put(tmp_path / "q.json", '{"a": {"n": 1}, "b": 2}')
+    assert list(rows_by_id(told, "id", problems)) == [("q.json: 'a'", "a", {"n": 1})]
+    assert problems.told()["unreadable rows"]["named"] == ["q.json: 'b'"]
+    for part in (0, 1):
+        pq.write_table(pa.table({"id": [part + 7]}), tmp_path / f"q-0000{part}-of-00003.parquet")
+    found = rows_by_id(tmp_path / "q-00000-of-00003.parquet", "id", problems)
+    assert [(name, row) for _, name, row in found] == [("7", {"id": 7}), ("8", {"id": 8})]
+    assert problems.counts["parts of files that are missing"] == 1
 
 
 def test_linked_folders_are_looked_through_and_a_circle_of_them_ends(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinymodal.eval.benchmark import Score, Sums
-from tinymodal.eval.intervals import _resampled, difference, interval, mean_sums
+from tinymodal.eval.intervals import _resampled, difference, interval, mean_sums, percent_sums
 
 
 def scores(values):
@@ -24,6 +24,11 @@ def test_the_same_scores_have_the_same_interval():
     some = scores(np.random.default_rng(3).random(50))
     assert interval(mean_sums(some)) == interval(mean_sums(some))
     assert interval(mean_sums(some)) != interval(mean_sums(some), seed=1)
+
+
+def test_per_cent_are_a_hundred_times_the_mean():
+    some = scores(np.random.default_rng(3).random(50))
+    assert interval(percent_sums(some)) == pytest.approx([100 * at for at in interval(mean_sums(some))])
 
 
 def test_one_question_has_no_interval():

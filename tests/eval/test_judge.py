@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -639,3 +640,60 @@ def test_an_interrupted_judge_asks_nothing_more(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             judge(endpoint.url, tmp_path, parallel=1).grade_all(judging, ASKED, Problems())
         assert len(endpoint.bodies) < 12
+
+
+# Code of the user's own
+
+
+def graded(opinions, prompt=JUDGING.prompt, reader=read, fallback=False):
+    judging = Judging(prompt=prompt, read=reader, fallback=fallback)
+    return replace(opinions, judge=judging, problems=Problems())
+
+
+def test_a_reader_of_your_own_that_fails_loses_nothing_and_its_replies_are_judged_by_the_next_run(
+    opinions, replies, tmp_path
+):
+    def broken(question, reply, verdict):
+        return read(question, reply, verdict) if reply != "b" else {}["grade"]
+
+    out = tmp_path / "out"
+    with Endpoint(lambda *_: completion("0.75")) as endpoint:
+        first = score_answers(graded(opinions, reader=broken), replies, out, judge=judge(endpoint.url, out))
+        assert [row.score.value for row in first.answered] == [0.75, 0.75, 0.75]
+        assert first.problems.told() == {
+            UNGRADED: {"count": 1, "named": ["q2: its judge's read fails at '0.75': KeyError: 'grade'"]}
+        }
+        assert json.loads((out / "results.json").read_text())["opinions"]["complete"] is False
+        assert len(endpoint.asked) == 4  # no second verdict where the same code would fail again
+        again = score_answers(graded(opinions, reader=broken), replies, out, judge=judge(endpoint.url, out))
+        assert again.problems.counts == {UNGRADED: 1}
+        assert endpoint.asked[4:] == ["q2 b"]
+        last = score_answers(graded(opinions), replies, out, judge=judge(endpoint.url, out))
+        assert [row.score.value for row in last.answered] == [0.75] * 4
+        assert not last.problems
+        assert len(endpoint.asked) == 5  # what was kept can be read now
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [(0.5, "makes 0.5 of"), (None, "makes None of"), (Score(float("nan")), "makes Score(value=nan")],
+)
+def test_a_reader_that_makes_no_score_is_told(opinions, replies, tmp_path, said, told):
+    with Endpoint(lambda *_: completion("1")) as endpoint:
+        made = graded(opinions, reader=lambda *_: said)
+        result = score_answers(made, replies, tmp_path / "out", judge=judge(endpoint.url, tmp_path))
+    assert (len(result.answered), result.problems.counts) == (0, {UNGRADED: 4})
+    assert told in result.problems.told()[UNGRADED]["named"][0]
+
+
+@pytest.mark.parametrize("prompt", [lambda *_: {}["key"], lambda *_: "words", lambda *_: [{"content": b""}]])
+def test_a_prompt_of_your_own_that_fails_is_told_and_not_sent(opinions, replies, tmp_path, prompt):
+    with Endpoint(lambda *_: completion("1")) as endpoint:
+        for fallback, n in ((False, 0), (True, 4)):
+            made = graded(opinions, prompt, fallback=fallback)
+            result = score_answers(made, replies, tmp_path / "o", judge=judge(endpoint.url, tmp_path))
+            assert (len(result.answered), result.problems.counts) == (n, {UNGRADED: 4})
+            assert "q0: its judge's prompt fails: " in result.problems.told()[UNGRADED]["named"][0]
+        assert not endpoint.asked
+    without = score_answers(graded(opinions, prompt), replies, tmp_path / "o")
+    assert (len(without.answered), without.problems.counts) == (0, {UNGRADED: 4})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,12 @@ def test_places_tell_what_is_there_and_what_is_not(tmp_path, capsys):
     assert f"there    coco_pope_random.json: {tmp_path / 'pope' / 'coco_pope_random.json'}" in told
     assert "missing  coco_pope_popular.json" in told
     assert "optional COCO_val2014_*.jpg" in told
+
+
+def test_the_table_of_benchmarks_loads_no_torch():
+    code = "import sys, tinymodal.eval.tasks.table; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_all_are_listed_where_none_is_named(capsys):

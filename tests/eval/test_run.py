@@ -15,6 +15,7 @@ from tinymodal.core.errors import DataError, RecipeError, TinyModalError
 from tinymodal.core.types import Audio, Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, Judging, Question, Score, by_category
 from tinymodal.eval.folder import LOCK, digest, fingerprint
+from tinymodal.eval.judge import UNGRADED
 from tinymodal.eval.names import benchmark, benchmarks
 from tinymodal.eval.results import tables
 from tinymodal.eval.rules.answers import exact
@@ -96,6 +97,18 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(model, tmp_path, monkeypat
     assert len(result.answered) == 10
     rows = [json.loads(line)["id"] for line in (tmp_path / "colours.replies.jsonl").read_text().splitlines()]
     assert rows == [f"q{i}" for i in range(10)]
+
+
+def test_pictures_are_read_once_for_their_digests_and_the_model_once_for_its_mark(
+    model, tmp_path, monkeypatch
+):
+    hashed, marked = [], []
+    monkeypatch.setattr("tinymodal.eval.run.digest", lambda q: hashed.append(q.sample.id) or digest(q))
+    monkeypatch.setattr("tinymodal.eval.run.fingerprint", lambda e: marked.append(e) or fingerprint(e))
+    for times in (1, 2):  # asked, and found answered
+        run(colours(), Parrot(model), tmp_path)
+        assert sorted(hashed) == sorted([f"q{i}" for i in range(10)] * times)
+        assert len(marked) == times
 
 
 def test_another_model_is_asked_again(model, tmp_path):
@@ -519,6 +532,13 @@ def test_replies_without_a_grade_have_no_score_in_their_rows_nor_that_of_an_earl
 
 
 # Code of the user's own
+
+
+def test_a_judging_of_your_own_that_fails_costs_no_reply(model, tmp_path):
+    judging = Judging(prompt=lambda question, _: [{}[question.sample.id]], read=exact)
+    result = run(colours(lambda: questions(3), judge=judging), Parrot(model), tmp_path)
+    assert result.problems.counts == {UNGRADED: 3}
+    assert len((tmp_path / "colours.replies.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_scorer_that_fails_is_told_with_benchmark_question_and_reason(model, tmp_path):

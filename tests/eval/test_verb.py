@@ -184,6 +184,59 @@ def test_answers_of_two_models_go_into_two_folders(name, plain):
     assert verb.plain_name(Path("somewhere") / name) == plain
 
 
+def scored(*words):
+    assert cli.main(["eval", "--data", "data", *words]) == 0
+    return json.loads(Path("runs/answers/x/results.json").read_text())
+
+
+def test_files_of_one_name_do_not_overwrite_each_other_and_answers_of_one_model_share_a_folder(here, capsys):
+    for place, reply in (("a", "yes"), ("b", "no")):
+        Path(place).mkdir()
+        Path(place, "x.jsonl").write_text(json.dumps({"id": "random/1", "reply": reply}) + "\n")
+    Path("vqa").mkdir()
+    Path("vqa.jsonl").rename("vqa/x.jsonl")
+    first = scored("--on", "pope", "--answers", "a/x.jsonl")
+    assert scored("--on", "pope", "--answers", "b/x.jsonl") == first
+    told = "runs/answers/x: holds the scores of a/x.jsonl on pope; those of b/x.jsonl go to runs/answers/x-2"
+    assert told in capsys.readouterr().err
+    other = json.loads(Path("runs/answers/x-2/results.json").read_text())
+    assert other["pope"]["protocol"]["answers"] == "b/x.jsonl"
+    assert other["pope"]["metrics"] != first["pope"]["metrics"]
+    # Each file is scored again where it was, however it is named; what another benchmark asks is no other's.
+    again = scored("--on", "pope", "--answers", str(here / "a" / "x.jsonl"))
+    assert again["pope"]["metrics"] == first["pope"]["metrics"]
+    assert scored("--on", "vqav2", "--answers", "vqa/x.jsonl").keys() == {"pope", "vqav2"}
+    scored("--on", "pope", "--answers", "b/x.jsonl")
+    assert sorted(path.name for path in Path("runs/answers").iterdir()) == ["x", "x-2"]
+
+
+def test_a_second_scoring_that_fails_leaves_no_number_of_the_first(here, capsys):
+    words = ["--data", "data", "--out", "out"]
+    for name, answers in (("pope", "pope.jsonl"), ("vqav2", "vqa.jsonl")):
+        assert cli.main(["eval", "--on", name, "--answers", answers, *words]) == 0
+    results = Path("out/results.json")
+    assert cli.main(["eval", "--on", "pope", "--answers", "typo.jsonl", *words]) == 1
+    assert json.loads(results.read_text()).keys() == {"pope", "vqav2"}  # nothing was given to score
+    assert cli.main(["eval", "--on", "pope", "--answers", "vqa.jsonl", *words]) == 1
+    assert json.loads(results.read_text()).keys() == {"vqav2"}
+    assert cli.main(["eval", "--on", "vqav2", "--answers", "pope.jsonl", *words]) == 1
+    assert not results.exists()
+    assert cli.main(["eval", "--on", "pope", "--answers", "pope.jsonl", *words]) == 0
+    assert json.loads(results.read_text()).keys() == {"pope"}
+
+
+def test_of_several_processes_one_scores_answers_and_the_others_leave(here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for words in (ANSWERS, (*ANSWERS, "--limit", "5")):  # what is wrong is told once
+        assert cli.main(["eval", *words]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert not Path("runs").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["eval", *ANSWERS]) == 0
+    assert Path("runs/answers/pope/results.json").exists()
+
+
 def test_the_page_of_a_folder_tells_the_numbers_of_what_was_scored_there_before(here, capsys):
     for name, answers in (("pope", "pope.jsonl"), ("vqav2", "vqa.jsonl")):
         words = ["--on", name, "--data", "data", "--answers", answers, "--out", "out"]

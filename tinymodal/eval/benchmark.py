@@ -183,7 +183,7 @@ class Judging:
     needs no judge and :attr:`Benchmark.score` holds. ``ValueError``: what a judge has to know is missing."""
     read: Callable[[Question, str, str], Score]
     """Question, reply, what the judge wrote -> the score. A verdict that cannot be read is a ``ValueError``:
-    the judge is asked again."""
+    the judge is asked again. Where code of your own fails otherwise the reply has no grade in this run."""
     again: str = ""
     """Is put behind the last message then."""
     wording: str = OUR_WORDING

@@ -89,6 +89,16 @@ def parts_of(path: Path, problems: Problems) -> list[Path]:
     return found
 
 
+def files_of(folder: Path, pattern: str, problems: Problems) -> list[Path]:
+    """All files of a name below a folder, in order; parts of theirs that are not there are noted."""
+    found = sorted(folder.rglob(pattern))
+    seen: set[Path] = set()
+    for path in found:
+        if path not in seen:
+            seen.update(parts_of(path, problems))
+    return found
+
+
 def need(folder: Path, file: File, task: str) -> Path:
     """The file, or a sentence about where it is from.
 
@@ -227,6 +237,54 @@ def rows_in(values: Sequence[Any], path: Path, problems: Problems) -> Iterator[t
         where = f"{name}: row {number}"
         if isinstance(row, dict):
             yield where, row
+        else:
+            problems.add("unreadable rows", where)
+
+
+def rows_of(path: Path, key: str, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(where, row)`` of a jsonl, of a json list or the one that is ``key`` in an object, or of parquet.
+
+    A parquet file of several, ``test-00000-of-00002.parquet``, stands for all of them.
+
+    Raises:
+        DataError: it cannot be read, or holds no such list.
+    """
+    if path.suffix == ".parquet":
+        for part in parts_of(path, problems):
+            yield from read_rows(part, problems)
+        return
+    if ".jsonl" in path.name:
+        yield from read_rows(path, problems)
+        return
+    value = read_json(path)
+    rows = value.get(key) if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: holds no rows; expected a list of rows, or an object with a list called {key!r}. Is it "
+            f"another file?"
+        )
+    yield from rows_in(rows, path, problems)
+
+
+def rows_by_id(path: Path, key: str, problems: Problems) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """``(where, id, row)`` of a json object of id -> row, or of parquet, whose rows hold their id as ``key``.
+
+    Raises:
+        DataError: it cannot be read, or holds no object.
+    """
+    if path.suffix == ".parquet":
+        for where, row in rows_of(path, key, problems):
+            yield where, text_of(row.get(key)), row
+        return
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{path}: expected an object of id -> question, found {type(value).__name__}. Is it another file?"
+        )
+    for name, row in value.items():
+        where = f"{path.name}: {name!r}"
+        if isinstance(row, dict):
+            yield where, name, row
         else:
             problems.add("unreadable rows", where)
 

@@ -26,6 +26,8 @@ DOUBLE = "questions answered more than once"
 MISSING = "questions without an answer"
 UNREADABLE = "unreadable answers"
 NULL = "answers that are null"
+UNANSWERED = "no answer"
+"""What is understood of a question without one, where it counts as wrong."""
 COMPARED = 50
 """Answers that are looked at to tell a file of questions from one of answers."""
 

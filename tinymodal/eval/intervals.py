@@ -29,10 +29,20 @@ class Interval(NamedTuple):
     high: float
 
 
+def mean_of(values: Sequence[float] | NDArray[np.float64]) -> Sums:
+    """The mean of values, each of a unit of its own."""
+    column = np.asarray(values, dtype=np.float64)
+    return Sums(np.stack([column, np.ones_like(column)], axis=1), lambda sums: sums[..., 0] / sums[..., 1])
+
+
 def mean_sums(scores: Sequence[Score]) -> Sums:
     """The mean of the scores' values."""
-    values = np.array([score.value for score in scores], dtype=np.float64)
-    return Sums(np.stack([values, np.ones_like(values)], axis=1), lambda sums: sums[..., 0] / sums[..., 1])
+    return mean_of([score.value for score in scores])
+
+
+def percent_sums(scores: Sequence[Score]) -> Sums:
+    """The mean of the scores' values in %."""
+    return Sums(mean_sums(scores).rows, lambda sums: 100 * sums[..., 0] / sums[..., 1])
 
 
 def interval(sums: Sums, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval | None:
@@ -57,8 +67,7 @@ def difference(
     The questions are drawn in pairs, so what makes a question hard for both models is no noise.
     """
     gaps = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
-    rows = np.stack([gaps, np.ones_like(gaps)], axis=1)
-    return float(gaps.mean()), interval(Sums(rows, lambda sums: sums[..., 0] / sums[..., 1]), seed=seed)
+    return float(gaps.mean()), interval(mean_of(gaps), seed=seed)
 
 
 def _resampled(rows: NDArray[np.float64], rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:

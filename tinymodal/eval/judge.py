@@ -34,6 +34,7 @@ from urllib.parse import urlsplit
 from tinymodal.core.errors import DataError, RecipeError
 from tinymodal.core.log import Progress, append, say
 from tinymodal.eval.benchmark import Judging, Problems, Question, Score
+from tinymodal.eval.own import JudgingFails
 
 VERDICTS = "judge.jsonl"
 KEY_FROM = "OPENAI_API_KEY"
@@ -279,6 +280,8 @@ class Judge:
                 return _Outcome(None, str(error))
             try:
                 return _Outcome(judging.read(question, reply, verdict))
+            except JudgingFails as error:
+                return _Outcome(None, str(error))  # no more verdicts are paid for; the next run tries again
             except ValueError as error:
                 why = str(error)
         return _Outcome(None, why, UNREAD)

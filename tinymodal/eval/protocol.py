@@ -5,19 +5,19 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
-from tinymodal.eval.folder import fingerprint
 from tinymodal.train.machine import PACKAGES, commit, version
 
 if TYPE_CHECKING:
     from tinymodal.infer.engine import Engine
 
 
-def protocol_of(engine: Engine, prompt: str) -> dict[str, Any]:
+def protocol_of(engine: Engine, prompt: str, mark: str) -> dict[str, Any]:
     """What ``results.json`` says of a run over a model.
 
     Args:
         engine: who answered.
         prompt: the first question as the language model read it.
+        mark: of the model, ``folder.fingerprint``.
     """
     encoder = engine.encoder
     seen = encoder.processor.image_processor
@@ -29,7 +29,7 @@ def protocol_of(engine: Engine, prompt: str) -> dict[str, Any]:
         "decoding": "greedy",
         "image": image,
         "precision": str(weights.dtype).removeprefix("torch."),
-        "checkpoint": fingerprint(engine),
+        "checkpoint": mark,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit(),
     }

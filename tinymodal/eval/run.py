@@ -31,8 +31,8 @@ from tinymodal.eval.folder import (
     read_rows,
     read_summaries,
     replies_path,
+    write_atomically,
 )
-from tinymodal.eval.folder import write_atomically as write_atomically
 from tinymodal.eval.given import unique
 from tinymodal.eval.names import benchmarks
 from tinymodal.eval.own import checked
@@ -64,13 +64,36 @@ class Said(NamedTuple):
 
 
 class Asking(NamedTuple):
-    """How a run asks."""
+    """Whom a run asks, and how."""
 
+    mark: str
+    """Of the model, see :func:`fingerprint`."""
     limit: int | None = None
     """The first N questions only."""
     batch_size: int = BATCH_SIZE
     world: World = ALONE
     judge: Judge | None = None
+
+
+class Digests:
+    """The digests of a benchmark's questions: their pictures and sounds are read once in a run."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+
+    def of(self, question: Question) -> str:
+        """See :func:`digest`."""
+        name = question.sample.id
+        if name not in self.known:
+            self.known[name] = digest(question)
+        return self.known[name]
+
+    def fits(self, question: Question, told: object) -> bool:
+        """Whether a row tells the question's digest; no row fits one that cannot be read."""
+        try:
+            return self.of(question) == told
+        except DataError:
+            return False
 
 
 def evaluate(
@@ -117,11 +140,12 @@ def evaluate(
         found = [aloud(each, listener, voice=voice, name=each.name if each.aloud else "") for each in found]
     engine = Engine(composed)
     path = folder / RESULTS
-    how = Asking(limit, batch_size, world, judge)
+    mark = fingerprint(engine)
+    how = Asking(mark, limit, batch_size, world, judge)
     with _ours(folder, world):
         for each in found:
             read_rows(replies_path(folder, each.name))  # refused now, not when its turn comes in an hour
-        mark = fingerprint(engine)  # numbers of other weights would be taken for this model's
+        # Numbers of other weights would be taken for this model's.
         told = {name: summary for name, summary in read_summaries(path).items() if summary["run"] == mark}
         results = []
         for each in found:
@@ -158,8 +182,9 @@ def run(
             name of ours that is not ours.
     """
     benchmark = checked(benchmark)
+    how = Asking(fingerprint(engine), limit, batch_size)
     with alone(folder):
-        found = _ask(benchmark, engine, folder, Asking(limit, batch_size), title or benchmark.name)
+        found = _ask(benchmark, engine, folder, how, title or benchmark.name)
     assert found is not None  # one process, the first
     return found
 
@@ -184,18 +209,17 @@ def _ask(benchmark: Benchmark, engine: Engine, folder: Path, how: Asking, title:
 
     questions, problems = _questions(benchmark, how.limit)
     sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
-    mark = fingerprint(engine)
-    of_run = f"{mark}/{benchmark.max_new_tokens}"
+    of_run = f"{how.mark}/{benchmark.max_new_tokens}"
     heard = benchmark.aloud
     extra: dict[str, Any] = {}
     if heard is not None:
         engine.mouth.known(heard.voice)
-        check_apart(heard.listener(), mark, benchmark.name)
+        check_apart(heard.listener(), how.mark, benchmark.name)
         of_run += f"/{heard.listener().mark}/{heard.voice or ''}"
         extra = {"speak": True, "voice": heard.voice}
-    path, world = replies_path(folder, benchmark.name), how.world
+    path, world, digests = replies_path(folder, benchmark.name), how.world, Digests()
     if world.main:
-        _absorb(path, of_run, benchmark, questions)
+        _absorb(path, of_run, benchmark, questions, digests)
     world.barrier()
     done = {row["id"] for row in read_rows(path) if row["run"] == of_run}
     left = [question for question in questions if question.sample.id not in done]
@@ -225,7 +249,7 @@ def _ask(benchmark: Benchmark, engine: Engine, folder: Path, how: Asking, title:
                     "reply": reply.text,
                     "stopped_by": reply.stopped_by,
                     **_scored(question, said, _score(benchmark, question, said)),
-                    "digest": digest(question),
+                    "digest": digests.of(question),
                     "run": of_run,
                 }
                 file.write(line(row))
@@ -233,7 +257,7 @@ def _ask(benchmark: Benchmark, engine: Engine, folder: Path, how: Asking, title:
     for noted in world.gather(broken.told()):
         problems.merge(noted)
     if world.main:
-        _absorb(path, of_run, benchmark, questions)
+        _absorb(path, of_run, benchmark, questions, digests)
     return _result(benchmark, engine, questions, path, of_run, how, problems) if world.main else None
 
 
@@ -274,11 +298,10 @@ def _result(
     if benchmark.aloud is not None:
         sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
         timing = time_speech(engine, [q.sample for q in asked[:TIMED]], sampling, benchmark.aloud.voice)
-    protocol = protocol_of(engine, rows[asked[0].sample.id]["prompt"])
+    protocol = protocol_of(engine, rows[asked[0].sample.id]["prompt"], how.mark)
     if how.judge is not None and benchmark.judge is not None:
         protocol["judge"] = how.judge.told(benchmark.judge)
-    mark = fingerprint(engine)
-    return Result(benchmark, answered, how.limit, mark, timing, problems=problems, protocol=protocol)
+    return Result(benchmark, answered, how.limit, how.mark, timing, problems=problems, protocol=protocol)
 
 
 def _questions(benchmark: Benchmark, limit: int | None) -> tuple[list[Question], Problems]:
@@ -377,7 +400,9 @@ def _scored(question: Question, said: Said, score: Score | None) -> dict[str, An
     }
 
 
-def _absorb(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Question]) -> None:
+def _absorb(
+    path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Question], digests: Digests
+) -> None:
     """Leave in the file exactly the rows that still hold, those that several processes wrote among them.
 
     A row counts where model, settings, question and answer are the same; its score is that of now. The
@@ -393,7 +418,7 @@ def _absorb(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Q
             continue
         if name in order:
             question = questions[order[name]]
-            if (row["answer"], row["digest"]) != (question.answer, _digest(question)):
+            if row["answer"] != question.answer or not digests.fits(question, row["digest"]):
                 continue
             said = Said(row["reply"], row.get("heard"))
             row |= _scored(question, said, _score(benchmark, question, said))
@@ -403,10 +428,3 @@ def _absorb(path: Path, of_run: str, benchmark: Benchmark, questions: Sequence[Q
     write_atomically(path, "".join(text for _, text in sorted(kept.values(), key=lambda pair: pair[0])))
     for part in parts:
         part.unlink()
-
-
-def _digest(question: Question) -> str | None:
-    try:
-        return digest(question)
-    except DataError:
-        return None

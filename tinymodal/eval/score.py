@@ -10,9 +10,9 @@ import contextlib
 import gc
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.log import say
@@ -26,9 +26,10 @@ from tinymodal.eval.folder import (
     replies_path,
     write_atomically,
 )
-from tinymodal.eval.given import join, unique
+from tinymodal.eval.given import UNANSWERED, join, unique
 from tinymodal.eval.judge import UNGRADED, UNREAD
 from tinymodal.eval.names import opened
+from tinymodal.eval.own import JudgingFails, checked
 from tinymodal.eval.results import Answered, Result
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def score_answers(
     Raises:
         DataError: files are missing or cannot be read, or the answers are to other questions.
     """
-    benchmark = opened(task, data) if isinstance(task, OnDisk) else task
+    benchmark = checked(opened(task, data) if isinstance(task, OnDisk) else task)
     problems = benchmark.problems
     rows_path = replies_path(out, benchmark.name)
     with alone(out), without_collector():
@@ -68,6 +69,9 @@ def score_answers(
                 f"folder with --out"
             )
         told = read_summaries(out / RESULTS)
+        if benchmark.name in told and answers.exists():
+            # Until these are scored there is no number: that of other answers would be taken for theirs.
+            _write(out, {name: summary for name, summary in told.items() if name != benchmark.name})
         questions = unique(benchmark.load(), problems)
         given = join(benchmark, questions, answers, problems)
         content = answers.read_bytes() if answers.is_file() else answers.name.encode()
@@ -79,14 +83,47 @@ def score_answers(
             for question, score in zip(asked, scores, strict=True)
             if score is not None
         )
-        protocol: dict[str, object] = {"answers": answers.name, "run": mark}
+        protocol: dict[str, object] = {"answers": answers.as_posix(), "run": mark}
         if judge is not None and benchmark.judge is not None:
             protocol["judge"] = judge.told(benchmark.judge)
         result = Result(benchmark, answered, None, mark, problems=problems, protocol=protocol)
         told[benchmark.name] = result.summary()
         write_atomically(rows_path, (line(_row(row, mark)) for row in answered))
-        write_atomically(out / RESULTS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        _write(out, told)
     return result
+
+
+def _write(out: Path, told: Mapping[str, Any]) -> None:
+    if told:
+        write_atomically(out / RESULTS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    else:
+        (out / RESULTS).unlink()
+
+
+def folder_for(answers: Path, name: str, place: Path) -> Path:
+    """Where the scores of a file of answers to a benchmark go: never over those of another file.
+
+    Answers of one model to several benchmarks, as a rule files of one name, share a folder.
+
+    Args:
+        answers: the file.
+        name: of the benchmark.
+        place: the folder that is meant; where it holds the scores of another file, the next of
+            ``place-2``, ``place-3``, ... that does not is taken.
+
+    Raises:
+        DataError: a folder holds something of somebody's own as its results.
+    """
+    folder, others = place, []
+    while (told := read_summaries(folder / RESULTS).get(name)) is not None:
+        other = told["protocol"].get("answers", "a model")
+        if Path(other).resolve() == answers.resolve():
+            break
+        others.append(other)
+        folder = place.with_name(f"{place.name}-{len(others) + 1}")
+    if others:
+        say(f"{place}: holds the scores of {others[0]} on {name}; those of {answers} go to {folder}")
+    return folder
 
 
 @contextlib.contextmanager
@@ -108,17 +145,20 @@ def grade(
     problems: Problems,
     judge: Judge | None,
 ) -> list[Score | None]:
-    """A score of each question; None, and a note, where only a judge could tell and there is none."""
+    """A score of each question, 0 of one without an answer.
+
+    None, and a note, where only a judge could tell and there is none.
+    """
     judging = benchmark.judge
     found: list[Score | None] = []
     waiting: dict[int, tuple[Question, str]] = {}
     for question in asked:
-        answer = given.get(question.sample.id) or Given(question.sample.id, "", "")
-        if judging is None:
-            found.append(benchmark.score(question, answer.text))
-        elif answer.verdicts:
+        answer = given.get(question.sample.id)
+        if answer is None:
+            found.append(Score(0.0, parsed=UNANSWERED))
+        elif judging is not None and answer.verdicts:
             found.append(_read(judging, question, answer, problems))
-        elif _judged(judging, question, answer.text):
+        elif judging is not None and _judged(judging, question, answer.text):
             waiting[len(found)] = question, answer.text
             found.append(None)
         else:
@@ -157,7 +197,7 @@ def _read(judging: Judging, question: Question, answer: Given, problems: Problem
     try:
         read = [judging.read(question, answer.text, verdict) for verdict in answer.verdicts]
     except ValueError as error:
-        problems.add(UNREAD, f"{answer.where}: {error}")
+        problems.add(UNGRADED if isinstance(error, JudgingFails) else UNREAD, f"{answer.where}: {error}")
         return None
     value = sum(score.value for score in read) / len(read)
     return Score(value, parsed=BETWEEN.join(score.parsed for score in read))

@@ -6,7 +6,6 @@ text (``port.parity``), and whatever else had to be equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -178,8 +177,7 @@ def sound(seconds: float, seed: int) -> Tensor:
     return 0.2 * torch.stack(tones).sum(0) + 0.01 * torch.randn(len(t), generator=random)
 
 
-def sizes(folder: Path, leave_out: Sequence[str] = ()) -> dict[str, int]:
+def sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below a folder, by its path in it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    return {name: size for name, size in names.items() if name not in leave_out}
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}

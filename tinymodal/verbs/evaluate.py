@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,8 @@ def run_eval(args: argparse.Namespace) -> None:
             args, "no --judge is given, an address that grades", ("judge_model", "judge_key", "judge_price")
         )
     if args.answers is not None:
-        score_elsewhere(args, names)
+        if first_process():  # there is nothing to share: no model is asked
+            score_elsewhere(args, names)
         return
     if args.aloud:
         refuse(args, "--aloud scores what is heard", ("judge", "submission"))
@@ -158,6 +160,11 @@ def run_eval(args: argparse.Namespace) -> None:
             results = evaluate_one(args, model, names, folder, world)
     if len(models) == 2 and results:  # of several processes only the first has them
         show_difference(folders, results)
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that ``torchrun`` started, or the only one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def named(on: str | None) -> list[str]:
@@ -261,8 +268,7 @@ def score_elsewhere(args: argparse.Namespace, names: Sequence[str]) -> None:
     """``--answers``: no model is loaded."""
     from tinymodal.core.lookup import find
     from tinymodal.eval.names import benchmark, opened
-    from tinymodal.eval.own import checked
-    from tinymodal.eval.score import score_answers, without_collector
+    from tinymodal.eval.score import folder_for, score_answers, without_collector
     from tinymodal.eval.tasks.table import ON_DISK
 
     if len(names) != 1:
@@ -270,15 +276,16 @@ def score_elsewhere(args: argparse.Namespace, names: Sequence[str]) -> None:
             f"--answers are to one benchmark; --on names {len(names)}. Give its name with --on."
         )
     refuse(args, "--answers were made elsewhere and are all scored", ASKING)
-    folder = args.out or Path("runs") / "answers" / plain_name(args.answers)
     name = names[0]
     if name in ON_DISK:
         asked = opened(find(name, ON_DISK, "benchmark"), args.data)
     else:
         asked = benchmark(name, args.data)
+    usual = Path("runs") / "answers" / plain_name(args.answers)
+    folder = args.out or folder_for(args.answers, asked.name, usual)
     check(args, [asked], [folder])
     with without_collector():  # the page looks at as many rows
-        result = score_answers(checked(asked), args.answers, folder, judge=judge_of(args, folder))
+        result = score_answers(asked, args.answers, folder, judge=judge_of(args, folder))
         show([result], folder, args.answers.name)
         submit([result], args.submission)
 

@@ -8,8 +8,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tinymodal.core.errors import DataError
-from tinymodal.eval.benchmark import Problems
 from tinymodal.eval.rules import vqa
 from tinymodal.eval.rules.vqa import (
     agreement,
@@ -281,33 +279,6 @@ def test_people_are_kept_apart_even_where_an_answer_has_lines():
     assert question.sample.id == "7"
     assert vqa.people(vqa.ask(7, b"", "?", [""]).meta) == [""]
     assert vqa.people(vqa.ask(7, b"", "?", []).meta) == []
-
-
-def test_rows_of_all_parts_of_a_parquet_are_read_and_a_missing_part_is_told(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    for part in (0, 1):
-        rows = pa.table({"n": [2 * part, 2 * part + 1]})
-        pyarrow.parquet.write_table(rows, tmp_path / f"test-0000{part}-of-00003-ab.parquet")
-    problems = Problems()
-    rows = vqa.rows_of(tmp_path / "test-00000-of-00003-ab.parquet", "data", problems)
-    assert [row["n"] for _, row in rows] == [0, 1, 2, 3]
-    assert problems.told()["parts of files that are missing"]["named"] == [
-        f"{tmp_path}/test-00000-of-00003-ab.parquet: found 2 of 3"
-    ]
-
-
-def test_a_file_without_a_list_of_rows_is_refused_and_an_unreadable_row_is_told(tmp_path):
-    path = tmp_path / "questions.json"
-    path.write_text('{"data": 3}')
-    with pytest.raises(DataError, match=r"a list of rows, or an object with a list called 'questions'"):
-        list(vqa.rows_of(path, "questions", Problems()))
-    path.write_text('{"questions": [3, {"a": 1}]}')
-    problems = Problems()
-    rows = vqa.rows_of(path, "questions", problems)
-    assert list(rows) == [("questions.json: row 2", {"a": 1})]
-    assert problems.told() == {"unreadable rows": {"count": 1, "named": ["questions.json: row 1"]}}
 
 
 def test_one_picture_is_kept_once(tmp_path):

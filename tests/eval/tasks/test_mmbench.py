@@ -223,9 +223,39 @@ def test_a_table_without_pictures_names_the_files_they_would_be_in(tmp_path):
 
 @pytest.mark.parametrize("name", ["mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"])
 def test_a_chinese_file_is_asked_in_chinese(tmp_path, name):
-    there = table(tmp_path / "mmbench_cn" / name, CIRCULAR)
-    for task in (mmbench.TASK, mmbench.IN_CHINESE):
-        assert asked(task, there)["1"].sample.messages[0].parts[1].text.endswith("C. bee" + DIRECTLY_CHINESE)
+    there = table(tmp_path / "mmbench" / name, CIRCULAR)
+    chinese = asked(mmbench.IN_CHINESE, there)
+    assert chinese["1"].sample.messages[0].parts[1].text.endswith("C. bee" + DIRECTLY_CHINESE)
+    for task in (mmbench.TASK, mmbench.CIRCULAR):
+        with pytest.raises(DataError, match=rf"{task.name}: .*{name} is the Chinese table.*--on mmbench_cn"):
+            asked(task, there)
+
+
+@pytest.mark.parametrize("name", ["MMBench_V11.tsv", "MMBench_DEV_EN_V11.tsv"])
+def test_the_english_table_is_taken_whatever_the_chinese_one_beside_it_is_called(tmp_path, name):
+    table(tmp_path / "cn" / "mmbench_cn.tsv", CIRCULAR[:2])
+    there = table(tmp_path / "cn" / name, CIRCULAR)
+    if "EN" in name:
+        assert len(asked(mmbench.TASK, there)) == 5
+    else:  # its folder says that it is Chinese
+        with pytest.raises(DataError, match="is the Chinese table"):
+            asked(mmbench.TASK, there)
+    there = there.rename(tmp_path / "mmbench")
+    assert asked(mmbench.TASK, there)["1"].sample.messages[0].parts[1].text.endswith("C. bee" + DIRECTLY)
+    assert len(asked(mmbench.TASK, there)) == 5
+    assert len(asked(mmbench.IN_CHINESE, there)) == 2
+
+
+def test_a_chinese_table_of_results_belongs_to_the_chinese_benchmark(folder, tmp_path):
+    book = pytest.importorskip("openpyxl").Workbook()
+    for row in (HEAD, *CIRCULAR):
+        book.worksheets[0].append(row)
+    there = tmp_path / "results"
+    there.mkdir()
+    book.save(there / "mine_MMBench_DEV_CN.xlsx")
+    assert len(asked(mmbench.IN_CHINESE, there)) == 5
+    with pytest.raises(DataError, match="is the Chinese table"):
+        asked(mmbench.TASK, there)
 
 
 def test_of_both_languages_each_task_takes_its_own(folder):

@@ -338,6 +338,14 @@ def test_the_hubs_answers_are_read_and_questions_with_several_pictures_told_apar
     assert result.metrics["pictures"] == {"one": {"num": 3, "acc": 1.0}, "several": {"num": 1, "acc": 0.0}}
 
 
+def test_a_part_of_a_subject_that_is_missing_is_told(hub):
+    whole = hub / "Art" / "validation-00000-of-00001.parquet"
+    whole.rename(whole.with_name("validation-00001-of-00002.parquet"))
+    problems = Problems()
+    assert len(questions(hub, problems)) == 4
+    assert problems.counts["parts of files that are missing"] == 1
+
+
 def test_the_sum_is_rounded_as_the_authors_round_it():
     """Of 0.0625 they print 0.062, of 30 subjects the mean weighted by their questions."""
     scores = [Score(float(n == 0), "A", {"subject": "Art", "pictures": "1"}) for n in range(16)]

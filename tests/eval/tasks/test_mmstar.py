@@ -8,7 +8,7 @@ import pytest
 from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image
 from tinymodal.eval.benchmark import Problems
-from tinymodal.eval.given import NULL
+from tinymodal.eval.given import NULL, UNANSWERED
 from tinymodal.eval.rules.choices import DIRECTLY, write_xlsx
 from tinymodal.eval.score import score_answers
 from tinymodal.eval.tasks import mmstar
@@ -74,6 +74,7 @@ def test_a_missing_answer_is_wrong_and_the_score_incomplete(folder, tmp_path):
     )
     assert result.metrics["final score"] == 0.5
     assert result.problems.counts == {"questions without an answer": 2}
+    assert [row.score.parsed for row in result.answered] == ["A", "B", UNANSWERED, UNANSWERED]
     assert not result.summary()["complete"]
 
 

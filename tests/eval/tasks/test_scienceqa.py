@@ -207,6 +207,12 @@ def test_the_hubs_rows_are_read_with_their_pictures(tmp_path):
     assert (first.sample.id, first.answer) == ("test-0", "B")
     assert first.sample.messages[0].parts[0].text.startswith("Context: It is grass.\n")
     assert second.sample.messages[0].parts[0] == Image(b"x")
+    (tmp_path / "data" / "test-00000-of-00001.parquet").rename(
+        tmp_path / "data" / "test-00000-of-00002.parquet"
+    )
+    problems = Problems()
+    assert len(questions(tmp_path, problems)) == 2
+    assert problems.counts == {"parts of files that are missing": 1}
 
 
 @given(st.text())

@@ -129,7 +129,7 @@ def test_what_is_wrong_with_questions_is_named(folder):
 
 def test_a_file_of_another_kind_is_refused(folder):
     (folder / "SEED-Bench.json").write_text('{"rows": []}')
-    with pytest.raises(DataError, match="list of questions under 'questions'"):
+    with pytest.raises(DataError, match="a list called 'questions'"):
         list(seedbench.TASK.open(folder, Problems()).load())
     (folder / "SEED-Bench.json").unlink()
     with pytest.raises(DataError, match="AILab-CVC/SEED-Bench"):

@@ -16,13 +16,11 @@ from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Given, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, parts_of, read_json, read_rows, rows_in
+from tinymodal.eval.files import find_file, rows_of
 from tinymodal.eval.given import MISSING, answer_rows, reply_in
+from tinymodal.eval.intervals import percent_sums
 from tinymodal.eval.rules.answers import NUMBER_WORDS
 
 VQA_SOURCE = (
@@ -243,12 +241,6 @@ def groups(key: str, scores: Sequence[Score]) -> dict[str, list[float]]:
     return found
 
 
-def percent_sums(scores: Sequence[Score]) -> Sums:
-    """Of the mean in %."""
-    rows = np.array([(score.value, 1.0) for score in scores], dtype=np.float64).reshape(-1, 2)
-    return Sums(rows, lambda sums: 100 * sums[..., 0] / sums[..., 1])
-
-
 def ask(name: object, picture: Path | bytes, prompt: str, answers: Sequence[str], **meta: str) -> Question:
     """A picture and words; the right answer is what most people said.
 
@@ -275,6 +267,11 @@ def people(meta: Mapping[str, str]) -> list[str]:
 def scored(scores: Sequence[Score]) -> list[Score]:
     """Those to questions whose answers are public."""
     return [score for score in scores if "answers" in score.meta]
+
+
+def scored_sums(scores: Sequence[Score]) -> Sums:
+    """Of the mean in % over those to questions whose answers are public."""
+    return percent_sums(scored(scores))
 
 
 def score_vqa(question: Question, reply: str) -> Score:
@@ -306,28 +303,6 @@ def vqa_rows(questions: Path, annotations: Path, problems: Problems) -> Iterator
             problems.add("annotations of no question", f"{where}: {name}")
     for name in left:
         problems.add(UNSCORED, f"{questions.name}: {name}")
-
-
-def rows_of(path: Path, key: str, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``(where, row)`` of a jsonl, of a json list or the one that is ``key`` in an object, or of parquet.
-
-    A parquet file of several, ``test-00000-of-00002.parquet``, stands for all of them.
-
-    Raises:
-        DataError: it cannot be read, or holds no such list.
-    """
-    if path.suffix == ".parquet":
-        for part in parts_of(path, problems):
-            yield from read_rows(part, problems)
-        return
-    if ".jsonl" in path.name:
-        yield from read_rows(path, problems)
-        return
-    value = read_json(path)
-    rows = value.get(key) if isinstance(value, dict) else value
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of rows, or an object with a list called {key!r}")
-    yield from rows_in(rows, path, problems)
 
 
 class Pictures:

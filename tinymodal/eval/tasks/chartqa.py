@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, need
+from tinymodal.eval.files import find_file, need, rows_of
 from tinymodal.eval.given import IDS, first_of
 from tinymodal.eval.rules.vqa import (
     RELAXED_SOURCE,
@@ -28,7 +28,6 @@ from tinymodal.eval.rules.vqa import (
     people,
     read_answers,
     relaxed,
-    rows_of,
     told_answers,
     total,
 )

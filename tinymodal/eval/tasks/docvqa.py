@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tinymodal.eval.benchmark import Benchmark, File, Metrics, OnDisk, Problems, Question, Score
-from tinymodal.eval.files import need
+from tinymodal.eval.files import need, rows_of
 from tinymodal.eval.intervals import mean_sums
 from tinymodal.eval.rules.vqa import (
     ANLS_SOURCE,
@@ -24,7 +24,6 @@ from tinymodal.eval.rules.vqa import (
     anls,
     ask,
     people,
-    rows_of,
     told_answers,
     total,
 )

@@ -20,13 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
-from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, need, read_json, read_rows, text_of
+from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
+from tinymodal.eval.files import find_file, need, parts_of, read_json, read_rows, rows_by_id, text_of
 from tinymodal.eval.given import TEXTS, answer_rows, first_of, reply_in
+from tinymodal.eval.intervals import percent_sums
+from tinymodal.eval.rules.vqa import SHORT
 
 SOURCE = (
     "eval.py of https://cs.stanford.edu/people/dorarad/gqa/evaluate.html, as in https://github.com/SHI-Labs/"
@@ -35,7 +34,6 @@ SOURCE = (
     "convert_gqa_for_eval.py"
 )
 ORIGIN = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
-SHORT = "\nAnswer the question using a single word or phrase."
 QUESTIONS = File(
     ("testdev_balanced_questions.json", "testdev_balanced_instructions/*.parquet"),
     "questions, answers and types",
@@ -74,7 +72,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
             (at for at in (folder / "images", folder / "data/images") if at.is_dir()), folder / "images"
         )
         pictures = _pictures(folder, problems) if path.suffix == ".parquet" else {}
-        for where, name, row in _rows(path, problems):
+        for where, name, row in rows_by_id(path, "id", problems):
             if row.get("isBalanced") is False:
                 continue
             try:
@@ -110,34 +108,18 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         source=SOURCE,
         report=report_of,
         headline="Accuracy",
-        sums=sums,
+        sums=percent_sums,
         answers=answers,
-        problems=problems,
         max_new_tokens=16,
     )
-
-
-def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """``(where, id, row)`` of each question."""
-    if path.suffix == ".parquet":
-        for where, row in read_rows(path, problems):
-            yield where, text_of(row.get("id")), row
-        return
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected an object of id -> question, found {type(value).__name__}.")
-    for name, row in value.items():
-        if isinstance(row, dict):
-            yield f"{path.name}: {name}", name, row
-        else:
-            problems.add("unreadable rows", f"{path.name}: {name}")
 
 
 def _pictures(folder: Path, problems: Problems) -> dict[str, bytes]:
     """Picture id -> its bytes, of the dataset folder's parquet; 398 pictures, 66 MB."""
     path = find_file(folder, "testdev_balanced_images/*.parquet")
-    rows = read_rows(path, problems) if path else iter(())
-    return {text_of(row["id"]): row["image"]["bytes"] for _, row in rows}
+    parts = parts_of(path, problems) if path else []
+    rows = (row for part in parts for _, row in read_rows(part, problems))
+    return {text_of(row["id"]): row["image"]["bytes"] for row in rows}
 
 
 def _meta(row: Mapping[str, Any]) -> dict[str, str]:
@@ -162,12 +144,6 @@ def _meta(row: Mapping[str, Any]) -> dict[str, str]:
 def score(question: Question, reply: str) -> Score:
     said = str(reply) if isinstance(reply, Final) else reply.rstrip(".").lower()
     return Score(float(said == question.answer), parsed=said)
-
-
-def sums(scores: Sequence[Score]) -> Sums:
-    """Of the accuracy in percent, a unit per question."""
-    rows = np.array([(one.value, 1.0) for one in scores]).reshape(-1, 2)
-    return Sums(rows, lambda all_: 100 * all_[..., 0] / all_[..., 1])
 
 
 def report(scores: Sequence[Score], choices: Mapping[str, Any]) -> Metrics:

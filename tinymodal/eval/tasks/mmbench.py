@@ -3,7 +3,7 @@
 Liu et al., ECCV 2024, arXiv:2307.06281. A file has each question once and, as row ``index + k * 1,000,000``,
 again with its options turned by k places. Circular evaluation counts a question if the replies to all its
 rows are right; vanilla evaluation counts its first row. ``mmbench_circular`` turns the options itself where
-the file has each question once; ``mmbench_cn`` takes the Chinese file.
+the file has each question once; ``mmbench_cn`` takes the Chinese file, which the others refuse.
 
 A reply is read as VLMEvalKit matches it: a letter, else an option's text, else a judge has to tell, and
 without one it is wrong. Rows come question by question, so that the first N are whole questions.
@@ -13,7 +13,7 @@ results (xlsx), which holds the questions too; or the parquet of https://hugging
 Columns ``index, question, hint, A, B, C, D, answer, category, l2-category, image``. A file without answers,
 as that of the test server, can be asked and handed in (:func:`submission`), and has no score here. Prompt:
 https://github.com/haotian-liu/LLaVA/blob/v1.2.2/llava/eval/model_vqa_mmbench.py, ``--single-pred-prompt``; in
-Chinese where the file's name says ``cn``.
+Chinese where the name of the file or of its folder says ``cn``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import (
     Benchmark,
@@ -37,7 +38,7 @@ from tinymodal.eval.benchmark import (
     Score,
     Sums,
 )
-from tinymodal.eval.files import id_of, need, parts_of, read_rows, text_of
+from tinymodal.eval.files import find_file, id_of, need, parts_of, read_rows, text_of
 from tinymodal.eval.given import MISSING
 from tinymodal.eval.intervals import mean_sums
 from tinymodal.eval.rules import choices
@@ -54,7 +55,10 @@ ENGLISH = File(
     ORIGIN,
 )
 CHINESE = File(
-    ("mmbench_dev_cn*.tsv", "MMBench_DEV_CN*.tsv", "mmbench*cn*.tsv", "MMBench*CN*.tsv", "cn/dev-*.parquet"),
+    (
+        *("mmbench_dev_cn*.tsv", "MMBench_DEV_CN*.tsv", "mmbench*cn*.tsv", "MMBench*CN*.tsv"),
+        *("cn/dev-*.parquet", "*cn*.xlsx", "*CN*.xlsx"),
+    ),
     ENGLISH.what,
     ORIGIN,
 )
@@ -90,9 +94,8 @@ def open_folder(folder: Path, problems: Problems, *, name: str, file: File, turn
     orders: dict[tuple[str, tuple[str, ...]], str] = {}
 
     def load() -> Iterator[Question]:
-        found = need(folder, file, name)
-        named = f"{folder.name}/{found.relative_to(folder).as_posix()}".lower()
-        chinese = re.search(r"(?:^|[^a-z])cn(?:[^a-z]|$)", named)
+        found = _found(folder, file, name)
+        chinese = _is_chinese(folder, found)
         for rows in _groups(folder, found, problems):
             for row in _turned(rows[0]) if turning and len(rows) == 1 else rows:
                 orders[str(row["group"]), tuple(choices.options_of(row).values())] = row["index"]
@@ -128,9 +131,34 @@ def open_folder(folder: Path, problems: Problems, *, name: str, file: File, turn
         answers=answers,
         unanswered="wrong",
         judge=Judging(prompt=asked_of_judge, read=read_verdict, model=JUDGE, max_tokens=64, fallback=True),
-        problems=problems,
         max_new_tokens=64,
     )
+
+
+def _found(folder: Path, file: File, name: str) -> Path:
+    """The table, in the language of the benchmark; the patterns of the English one fit the Chinese as well.
+
+    Raises:
+        DataError: none is there, or only the Chinese one where the English one is asked.
+    """
+    found = need(folder, file, name)
+    if file is CHINESE or not _is_chinese(folder, found):
+        return found
+    others = (find_file(folder, pattern) for pattern in file.patterns)
+    english = next((at for at in others if at is not None and not _is_chinese(folder, at)), None)
+    if english is None:
+        raise DataError(
+            f"{name}: {found} is the Chinese table; expected the English one, such as "
+            f"{file.patterns[0]}. Put it there, or give --on {IN_CHINESE.name}."
+        )
+    return english
+
+
+def _is_chinese(folder: Path, table: Path) -> bool:
+    """Whether its name says so, else the folder that it is in."""
+    named = f"{folder.name}/{table.relative_to(folder).as_posix()}".lower()
+    said = re.findall(r"(?<![a-z])(cn|en)(?![a-z])", named)
+    return bool(said) and said[-1] == "cn"
 
 
 def _groups(folder: Path, found: Path, problems: Problems) -> Iterable[list[dict[str, Any]]]:

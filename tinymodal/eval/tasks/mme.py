@@ -92,7 +92,6 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         headline="perception",
         sums=sums,
         answers=answers,
-        problems=problems,
         max_new_tokens=16,
         metric="score",
     )

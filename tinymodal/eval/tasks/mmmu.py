@@ -28,7 +28,7 @@ from typing import Any
 
 from tinymodal.core.types import Image, Message, Part, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
-from tinymodal.eval.files import find_file, need, read_json, read_rows, text_of
+from tinymodal.eval.files import files_of, find_file, need, read_json, read_rows, text_of
 from tinymodal.eval.given import answer_rows, first_of, reply_in
 from tinymodal.eval.intervals import mean_sums
 
@@ -78,7 +78,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
 
     def load() -> Iterator[Question]:
         path, llava = (find_file(folder, *file.patterns) for file in (KEY, ASKED))
-        files = sorted(folder.rglob(FROM_HUB.patterns[0]))
+        files = files_of(folder, FROM_HUB.patterns[0], problems)
         key = {} if files and path is None else dict(read_json(path or need(folder, KEY, "mmmu")))
         for file in files or ([llava] if llava else []):
             for where, row in read_rows(file, problems):

@@ -72,7 +72,6 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         sums=mean_sums,
         answers=answers,
         unanswered="wrong",
-        problems=problems,
         max_new_tokens=32,
     )
 

@@ -40,7 +40,7 @@ from tinymodal.eval.benchmark import (
     Score,
     Sums,
 )
-from tinymodal.eval.files import Row, find_file, need, read_json, read_rows, read_text, text_of
+from tinymodal.eval.files import find_file, need, read_json, read_text, rows_by_id, text_of
 from tinymodal.eval.given import UNREADABLE, answer_rows, first_of, reply_in
 
 SOURCE = (
@@ -85,7 +85,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         labels = need(folder, LABELS, "mmvet")
         bard = find_file(folder, *BARD.patterns)
         bard_set = _bard_set(bard) if bard else set()
-        for where, name, row in _rows(labels, problems):
+        for where, name, row in rows_by_id(labels, "question_id", problems):
             asked, answer = text_of(row.get("question")), text_of(row.get("answer"))
             caps = row.get("capability") or ()
             caps = caps.split(",") if isinstance(caps, str) else caps
@@ -131,19 +131,6 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
             prompt=prompt, read=read, again=AGAIN, max_tokens=3, model="gpt-4-0613", wording=wording
         ),
     )
-
-
-def _rows(labels: Path, problems: Problems) -> Iterator[tuple[str, str, Row]]:
-    """Where, id, row of each question."""
-    if ".parquet" in labels.name:
-        for where, row in read_rows(labels, problems):
-            yield where, text_of(row.get("question_id")), row
-        return
-    table = read_json(labels)
-    if not isinstance(table, dict):
-        raise DataError(f"{labels}: expected an object of id -> question, found {type(table).__name__}.")
-    for name, row in table.items():
-        yield f"{labels.name}: {name!r}", name, row if isinstance(row, dict) else {}
 
 
 def _bard_set(path: Path) -> set[str]:

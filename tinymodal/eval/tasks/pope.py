@@ -2,7 +2,9 @@
 
 3,000 yes/no questions a split over 500 pictures of COCO val2014 (Li et al., EMNLP 2023, arXiv:2305.10355).
 The first sentence of a reply decides, and one with none of No, no, not counts as yes. Answers are joined by
-their question, never by position: the files of 8,910 rows that LLaVA asked and today's 9,000 differ.
+the id of their question and never by position where they have one: the files of 8,910 rows that LLaVA asked
+and today's 9,000 differ. In the authors' own format, ``{"question", "answer"}``, they have none and stand for
+the questions of a split in turn. An answer that names other words than its question's is noted and left out.
 """
 
 from __future__ import annotations
@@ -18,12 +20,11 @@ from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Pr
 from tinymodal.eval.files import find_file, need, read_jsonl, text_of
 from tinymodal.eval.given import answer_rows, first_of, reply_in
 from tinymodal.eval.rules.answers import yes_no
+from tinymodal.eval.rules.vqa import SHORT
 
 SOURCE = "https://github.com/AoiDragon/POPE/blob/f3ec604337f1d1c9723ef8d01b4accacf8badb3d/evaluate.py"
 ORIGIN = "https://github.com/AoiDragon/POPE/tree/main/output/coco"
 SPLITS = ("adversarial", "popular", "random")
-SHORT = "\nAnswer the question using a single word or phrase."
-"""LLaVA's prompt, https://github.com/haotian-liu/LLaVA/blob/v1.2.2/docs/Evaluation.md"""
 LABELS = tuple(
     File((f"coco_pope_{split}.json",), f"questions and labels of the {split} split", ORIGIN)
     for split in SPLITS
@@ -73,9 +74,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
                 fit = [at for at in ours if words is None or asked[at] in words]
                 name = next(iter((*fit, *ours)), name)
             elif split is not None and words is not None:
-                name = next(
-                    in_turn[split], None
-                )  # the authors' own: a line for each question, in their order
+                name = next(in_turn[split], None)
             if name is None:
                 problems.add("answers that do not tell their question", where)
             elif name in asked and words is not None and asked[name] not in words:

@@ -30,7 +30,7 @@ import numpy as np
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
 from tinymodal.eval.files import find_file, need, parts_of, read_rows, text_of
-from tinymodal.eval.given import answer_rows, first_of, reply_in
+from tinymodal.eval.given import UNANSWERED, answer_rows, first_of, reply_in
 from tinymodal.eval.rules.boxes import Box, iou, read_box
 
 REPOSITORY = "https://github.com/Vision-CAIR/MiniGPT-4/blob/45c07e56034412d4d26fcdd382e51434a7ae4ad3"
@@ -49,7 +49,6 @@ LONGEST_NAME = 27
 """Of ``COCO_train2014_000000581857_16`` so many characters name the picture, all of it the thing in it."""
 HALF = 0.5
 NO_BOX = "no box"
-UNANSWERED = "no answer"
 
 
 def files(name: str) -> tuple[File, ...]:
@@ -70,8 +69,6 @@ def open_folder(name: str, folder: Path, problems: Problems) -> Benchmark:
     """One of the three over a folder with files of its splits, and pictures in it or below ``train2014``."""
     ids: dict[str, list[str]] = {}
     """Of the questions about a thing, by ``split/img_id``: everything that is said of it has the same box."""
-    answered: set[str] = set()
-    """Questions with an answer from elsewhere; none where a model replies."""
 
     def load() -> Iterator[Question]:
         ids.clear()
@@ -81,7 +78,7 @@ def open_folder(name: str, folder: Path, problems: Problems) -> Benchmark:
         picture = find_file(folder, *PICTURES.patterns)
         place = picture.parent if picture else folder / "train2014"
         for split, path in zip(SPLITS[name], found, strict=True):
-            for where, row in _rows(path, split, problems):
+            for where, row in _rows(path, problems):
                 thing, box = text_of(row.get("img_id") or row.get("question_id")), row.get("bbox")
                 said = row.get("sents") or row.get("answer")
                 image, size = _image(row, place / f"{thing[:LONGEST_NAME]}.jpg")
@@ -112,17 +109,7 @@ def open_folder(name: str, folder: Path, problems: Problems) -> Benchmark:
                 for number, one in enumerate(each):
                     which = of[number] if number < len(of) else f"{thing}/{number}"
                     if (text := reply_in(one, where, problems, ("text", "reply"))) is not None:
-                        answered.add(which)
                         yield Given(which, text, where)
-
-    def score(question: Question, reply: str) -> Score:
-        if answered and question.sample.id not in answered:
-            return Score(0.0, parsed=UNANSWERED)
-        said = read_box(reply)
-        if said is None:
-            return Score(0.0, parsed=NO_BOX)
-        overlap = _overlap(said, _numbers(question.meta["box"]), pixel=1.0)
-        return Score(float(overlap >= HALF), parsed=_joined(said))
 
     return Benchmark(
         name=name,
@@ -138,8 +125,16 @@ def open_folder(name: str, folder: Path, problems: Problems) -> Benchmark:
     )
 
 
-def _rows(path: Path | None, split: str, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a split."""
+def score(question: Question, reply: str) -> Score:
+    said = read_box(reply)
+    if said is None:
+        return Score(0.0, parsed=NO_BOX)
+    overlap = _overlap(said, _numbers(question.meta["box"]), pixel=1.0)
+    return Score(float(overlap >= HALF), parsed=_joined(said))
+
+
+def _rows(path: Path | None, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a split; none where it has no file."""
     if path is not None:
         for file in parts_of(path, problems):
             yield from read_rows(file, problems)
@@ -238,4 +233,3 @@ TASKS = tuple(
         ("refcocog", ("RefCOCOg",)),
     )
 )
-TASK = TASKS[0]

@@ -18,18 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tinymodal.core.types import Image, Message, Part, Sample, Text
-from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, need, read_json, read_rows, text_of
-from tinymodal.eval.given import plain_answers
+from tinymodal.eval.benchmark import Benchmark, File, Metrics, OnDisk, Problems, Question, Score
+from tinymodal.eval.files import files_of, find_file, need, read_json, read_rows, text_of
+from tinymodal.eval.given import UNANSWERED, plain_answers
+from tinymodal.eval.intervals import percent_sums
 from tinymodal.eval.rules.answers import LETTERS, option_letter
+from tinymodal.eval.rules.choices import DIRECTLY
 
 SOURCE = "https://github.com/haotian-liu/LLaVA/blob/v1.2.2/llava/eval/eval_science_qa.py"
 ORIGIN = "https://github.com/lupantech/ScienceQA/tree/main/data/scienceqa"
-DIRECT = "\nAnswer with the option's letter from the given choices directly."
-"""LLaVA's prompt, https://github.com/haotian-liu/LLaVA/blob/v1.2.2/llava/eval/model_vqa_science.py"""
 PROBLEMS = File(("problems.json", "problems*.json"), "the problems with their answers", ORIGIN)
 SPLITS = File(("pid_splits.json", "pid_splits*.json"), "which problems are the test", ORIGIN, optional=True)
 ASKED = File(
@@ -42,7 +40,6 @@ PICTURES = File(("images/test/*/image.png",), "pictures of the test", ORIGIN, op
 FROM_HUB = "test-*.parquet"
 SPLIT = "test"
 FAILED = "FAILED"
-UNANSWERED = "no answer"
 CATEGORIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "acc_natural": ("subject", ("natural science",)),
     "acc_social": ("subject", ("social science",)),
@@ -58,8 +55,6 @@ CATEGORIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 def open_folder(folder: Path, problems: Problems) -> Benchmark:
     """ScienceQA over a folder with the problems, and pictures as ``images/test/ID/image.png``."""
-    answered: set[str] = set()
-    """Problems with an answer from elsewhere; none where a model replies."""
 
     def load() -> Iterator[Question]:
         rows = _from_hub if find_file(folder, *PROBLEMS.patterns) is None else _from_authors
@@ -68,7 +63,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
             if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(LETTERS):
                 problems.add("questions without choices or answer", f"{name}: {choices!r}, {answer!r}")
                 continue
-            words = (asked or _words(row)).replace("<image>", "").strip() + DIRECT
+            words = (asked or _words(row)).replace("<image>", "").strip() + DIRECTLY
             parts: tuple[Part, ...] = (Text(words),) if picture is None else (Image(picture), Text(words))
             meta = {"picture": "no" if picture is None else "yes", "choices": str(len(choices))}
             meta |= {key: row[key] for key in ("subject", "grade") if row.get(key)}
@@ -77,17 +72,6 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
                 meta["context"] = "yes" if row["hint"] or picture is not None else "no"
             yield Question(Sample((Message("user", parts),), name), LETTERS[answer], meta)
 
-    def answers(path: Path) -> Iterator[Given]:
-        for given in plain_answers(path, problems):
-            answered.add(given.id)
-            yield given
-
-    def score(question: Question, reply: str) -> Score:
-        if answered and question.sample.id not in answered:
-            return Score(0.0, parsed=UNANSWERED)
-        said = option_letter(reply, int(question.meta["choices"]))
-        return Score(float(said == question.answer), parsed=said or _no_option(reply))
-
     return Benchmark(
         name="scienceqa",
         load=load,
@@ -95,11 +79,16 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         source=SOURCE,
         report=report,
         headline="acc",
-        sums=sums,
-        answers=answers,
+        sums=percent_sums,
+        answers=lambda path: plain_answers(path, problems),
         unanswered="wrong",
         max_new_tokens=1024,
     )
+
+
+def score(question: Question, reply: str) -> Score:
+    said = option_letter(reply, int(question.meta["choices"]))
+    return Score(float(said == question.answer), parsed=said or _no_option(reply))
 
 
 def _from_authors(
@@ -129,7 +118,7 @@ def _from_authors(
 
 
 def _from_hub(folder: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any], str, bytes | None]]:
-    files = sorted(folder.rglob(FROM_HUB))
+    files = files_of(folder, FROM_HUB, problems)
     if not files:
         need(folder, PROBLEMS, "scienceqa")
     rows = (row for file in files for _, row in read_rows(file, problems))
@@ -149,13 +138,6 @@ def _no_option(reply: str) -> str:
     letter = option_letter(reply, len(LETTERS))
     letters = [letter] if letter else re.findall(r"The answer is ([A-Z]).", reply)
     return f"{letters[0]}: no option" if len(letters) == 1 else FAILED
-
-
-def sums(scores: Sequence[Score]) -> Sums:
-    """Of the percentage of right answers."""
-    values = np.array([score.value for score in scores], dtype=np.float64)
-    rows = np.stack([values, np.ones_like(values)], axis=1)
-    return Sums(rows, lambda all_: 100 * all_[..., 0] / all_[..., 1])
 
 
 def report(scores: Sequence[Score]) -> Metrics:

@@ -14,12 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tinymodal.core.errors import DataError
 from tinymodal.core.types import Image, Message, Sample, Text
-from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import id_of, need, parts_of, read_json, read_rows, text_of
+from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
+from tinymodal.eval.files import id_of, need, rows_of, text_of
+from tinymodal.eval.intervals import percent_sums
 from tinymodal.eval.rules.choices import DIRECTLY, lettered, option_lines, picture, said_rows
 
 SOURCE = "https://github.com/haotian-liu/LLaVA/blob/524a75b74254717057ee196b507668ebd314a280/scripts/convert_seed_for_submission.py"
@@ -52,7 +50,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
 
     def load() -> Iterator[Question]:
         place = folder / "SEED-Bench-image"
-        for where, row in _rows(need(folder, QUESTIONS, "seedbench"), problems):
+        for where, row in rows_of(need(folder, QUESTIONS, "seedbench"), "questions", problems):
             name, answer, kind = id_of(row.get("question_id")), text_of(row.get("answer")), _type(row)
             if name and text_of(row.get("data_type")) != "image":
                 of_videos.add(name)
@@ -78,30 +76,11 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         source=SOURCE,
         report=report,
         headline="image accuracy",
-        sums=sums,
+        sums=percent_sums,
         answers=answers,
         unanswered="wrong",
-        problems=problems,
         max_new_tokens=16,
     )
-
-
-def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path.suffix == ".parquet":
-        for part in parts_of(path, problems):
-            yield from read_rows(part, problems)
-        return
-    value = read_json(path)
-    rows = value.get("questions") if isinstance(value, dict) else value
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: expected a list of questions under 'questions', found none. Is it another file?"
-        )
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            yield f"{path.name}: question {number}", row
-        else:
-            problems.add("unreadable rows", f"{path.name}: question {number}")
 
 
 def _type(row: Mapping[str, Any]) -> str:
@@ -112,12 +91,6 @@ def _type(row: Mapping[str, Any]) -> str:
 
 def score(question: Question, reply: str) -> Score:
     return Score(float(reply == question.answer), parsed=reply if reply in tuple("ABCD") else "")
-
-
-def sums(scores: Sequence[Score]) -> Sums:
-    """Of the accuracy over all pictures in percent, a unit per question."""
-    rows = np.array([(one.value, 1.0) for one in scores]).reshape(-1, 2)
-    return Sums(rows, lambda all_: 100 * all_[..., 0] / all_[..., 1])
 
 
 def report(scores: Sequence[Score]) -> Metrics:

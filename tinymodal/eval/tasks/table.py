@@ -1,4 +1,7 @@
-"""Every benchmark that is built in, by the name ``tinymodal eval --on`` takes. Imports nothing heavy."""
+"""Every benchmark that is built in, by the name ``tinymodal eval --on`` takes.
+
+Imports numpy, but no torch: ``--where`` and ``--answers`` need none.
+"""
 
 from __future__ import annotations
 

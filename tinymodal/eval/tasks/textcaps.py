@@ -15,16 +15,15 @@ servers take them, or LLaVA's and ours with image ids as question ids.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from tinymodal.core.types import Image, Message, Sample, Text
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import need, parts_of, read_json, read_rows, text_of
+from tinymodal.eval.files import need, rows_of, text_of
 from tinymodal.eval.given import answer_rows, first_of, reply_in
+from tinymodal.eval.intervals import mean_of
 from tinymodal.eval.rules.captions import TOP, Cider, bleu, words
 
 SOURCE = "https://pypi.org/project/pycocoevalcap/1.2/"
@@ -84,9 +83,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
 
     def sums(scores: Sequence[Score]) -> Sums:
         """Of CIDEr; how much a word weighs stays as it is in a draw of pictures."""
-        ciders = np.array(measured(said(scores))[0])
-        rows = np.stack([ciders, np.ones_like(ciders)], axis=1)
-        return Sums(rows, lambda all_: all_[..., 0] / all_[..., 1])
+        return mean_of(measured(said(scores))[0])
 
     return Benchmark(
         name="textcaps",
@@ -115,7 +112,7 @@ def _pictures(folder: Path, problems: Problems) -> Iterator[Picture]:
     path = need(folder, CAPTIONS, "textcaps")
     captions: dict[str, list[str]] = {}
     images: dict[str, Image] = {}
-    for where, row in _rows(path, problems):
+    for where, row in rows_of(path, "data", problems):
         name, own, every = text_of(row.get("image_id")), row.get("caption_str"), row.get("reference_strs")
         own = [own] if isinstance(own, str) else own or []
         if not name or not (own or every):
@@ -126,20 +123,6 @@ def _pictures(folder: Path, problems: Problems) -> Iterator[Picture]:
         captions[name] = [*every] if every else [*captions.get(name, ()), *own]
     for name, written in captions.items():
         yield Picture(name, written, images[name])
-
-
-def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path.suffix == ".parquet":
-        for file in parts_of(path, problems):
-            yield from read_rows(file, problems)
-        return
-    value = read_json(path)
-    rows = value.get("data") or () if isinstance(value, dict) else value
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            yield f"{path.name}: row {number}", row
-        else:
-            problems.add("unreadable rows", f"{path.name}: row {number}")
 
 
 TASK = OnDisk(

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
-from tinymodal.eval.files import need, read_jsonl
+from tinymodal.eval.files import need, read_jsonl, rows_of
 from tinymodal.eval.given import IDS, first_of
+from tinymodal.eval.intervals import percent_sums
 from tinymodal.eval.rules.vqa import (
     M4C_SOURCE,
     MAX_NEW_TOKENS,
@@ -27,9 +28,7 @@ from tinymodal.eval.rules.vqa import (
     m4c_words,
     people,
     percent,
-    percent_sums,
     read_answers,
-    rows_of,
     tidy,
     told_answers,
     total,

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, need
+from tinymodal.eval.benchmark import Benchmark, File, Given, Metrics, OnDisk, Problems, Question, Score
+from tinymodal.eval.files import find_file, need, rows_of
 from tinymodal.eval.given import IDS, first_of
 from tinymodal.eval.rules.vqa import (
     MAX_NEW_TOKENS,
@@ -25,11 +25,10 @@ from tinymodal.eval.rules.vqa import (
     ask,
     percent,
     percent_by,
-    percent_sums,
     read_answers,
-    rows_of,
     score_vqa,
     scored,
+    scored_sums,
     server_rows,
     told_answers,
     vqa_rows,
@@ -108,7 +107,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         source=VQA_SOURCE,
         report=report,
         headline="overall",
-        sums=sums,
+        sums=scored_sums,
         answers=answers,
         max_new_tokens=MAX_NEW_TOKENS,
     )
@@ -124,11 +123,6 @@ def _rows(folder: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any
     path = find_file(folder, "val.json", *ASKED.patterns) or need(folder, VAL, "vizwiz")
     for where, row in rows_of(path, "data", problems):
         yield where, {"question_id": row.get("image")} | row
-
-
-def sums(scores: Sequence[Score]) -> Sums:
-    """Of ``overall``."""
-    return percent_sums(scored(scores))
 
 
 def report(scores: Sequence[Score]) -> Metrics:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tinymodal.eval.benchmark import Benchmark, File, Metrics, OnDisk, Problems, Question, Score, Sums
-from tinymodal.eval.files import find_file, need
+from tinymodal.eval.benchmark import Benchmark, File, Metrics, OnDisk, Problems, Question, Score
+from tinymodal.eval.files import find_file, need, rows_of
 from tinymodal.eval.rules.vqa import (
     MAX_NEW_TOKENS,
     SHORT,
@@ -24,10 +24,9 @@ from tinymodal.eval.rules.vqa import (
     people,
     percent,
     percent_by,
-    percent_sums,
-    rows_of,
     score_vqa,
     scored,
+    scored_sums,
     server_rows,
     told_answers,
     total,
@@ -90,7 +89,7 @@ def open_folder(folder: Path, problems: Problems) -> Benchmark:
         source=VQA_SOURCE,
         report=report,
         headline="overall",
-        sums=sums,
+        sums=scored_sums,
         max_new_tokens=MAX_NEW_TOKENS,
     )
 
@@ -124,11 +123,6 @@ def _test(folder: Path, asked: Path, problems: Problems) -> Iterator[Question]:
             continue
         picture = row.get("image") or f"{begin}{str(row.get('image_id')).zfill(12)}.jpg"
         yield ask(name, pictures(picture), ready or f"{words}{SHORT}", ())
-
-
-def sums(scores: Sequence[Score]) -> Sums:
-    """Of ``overall``."""
-    return percent_sums(scored(scores))
 
 
 def report(scores: Sequence[Score]) -> Metrics:
