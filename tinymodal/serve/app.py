@@ -41,6 +41,7 @@ from tinymodal.serve.requests import (
     Media,
     addresses,
     check_counts,
+    check_schema,
     check_text,
     conversation,
     sampling_of,
@@ -170,7 +171,10 @@ class Routes:
     def _submit(
         self, call: Call, asked: ChatRequest, fetched: dict[str, bytes], samplings: Sequence[Sampling]
     ) -> None:
-        """In a thread: decode the media, and queue up."""
+        """In a thread: look at the schema, decode the media, and queue up."""
+        if (schema := samplings[0].json_schema) is not None:
+            _ = self.served.engine.grammars  # a model whose replies cannot be held says so first
+            check_schema(str(schema))
         messages = conversation(asked, fetched, self.served.limits, self.served.rate_hz)
         voice = asked.audio.voice if asked.audio is not None else None
         call.submit(Sample(messages, call.sample_id), samplings, asked.speaks, voice)
