@@ -222,7 +222,7 @@ def _chat_tab(gr: Any, served: Served, kinds: list[str], examples: list[Example]
 
 
 def _chat_class(gr: Any) -> Any:
-    """Gradio's chat, in which a changed question keeps its pictures and sounds; its own drops them."""
+    """Gradio's chat, in which a changed question keeps its files, and the answer to it can be stopped."""
 
     class Chat(gr.ChatInterface):
         def _setup_events(self):  # type: ignore[no-untyped-def]
@@ -239,18 +239,22 @@ def _chat_class(gr: Any) -> Any:
             # By this gradio knows what to hand over.
             change.__annotations__["edit_data"] = gr.EditData
             again = self._api_wrapper(self.fn, self._stream_fn)
-            self.chatbot.edit(
+            changed = self.chatbot.edit(
                 change, [self.chatbot_state], [self.chatbot, self.chatbot_state, self.saved_input], **unlisted
-            ).then(
+            )
+            answered = changed.then(
                 self._append_message_to_history, [self.saved_input, self.chatbot_state], [self.chatbot],
                 queue=False, **unlisted,
             ).then(
                 again, [self.saved_input, self.chatbot_state, *self.additional_inputs],
                 [self.null_component, self.chatbot], concurrency_limit=AT_ONCE, **unlisted,
-            ).then(
+            )  # fmt: skip
+            answered.then(
                 lambda shown: (shown, shown), [self.chatbot], [self.chatbot_state, self.chatbot_value],
                 queue=False, **unlisted,
             )  # fmt: skip
+            # The button that stops it, which gradio has for questions that are new or asked again.
+            self._setup_stop_events([], [answered], changed)
 
     return Chat
 
