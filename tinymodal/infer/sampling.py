@@ -163,7 +163,8 @@ def restrict(
 def penalise(scores_V: Tensor, row: Choice) -> None:
     """Let what was read and said count less, in place; see ``Sampling.repetition_penalty``."""
     said = torch.tensor(row.said, dtype=torch.int64)
-    known = torch.cat([row.prompt.cpu(), said]).unique().to(scores_V.device)
+    known = torch.cat([row.prompt.cpu(), said]).to(scores_V.device)
+    # A token that came twice is written twice, and the same both times.
     own = scores_V[known]
     by = row.sampling.repetition_penalty
     scores_V[known] = torch.where(own < 0, own * by, own / by)

@@ -46,7 +46,7 @@ from tinymodal.serve.requests import (
     conversation,
     sampling_of,
 )
-from tinymodal.serve.schema import describe
+from tinymodal.serve.schema import JSON, describe
 from tinymodal.serve.served import Served
 from tinymodal.serve.sound_out import MIME, SoundOut, check_format
 
@@ -54,8 +54,6 @@ __all__ = ["Served", "create_app"]
 
 T = TypeVar("T")
 Read = TypeVar("Read", bound=BaseModel)
-
-JSON = "application/json"
 
 
 def create_app(served: Served) -> FastAPI:

@@ -18,8 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 SEEDS = 2**63
 """Seeds lie between minus this and this: what torch takes."""
-FORMATS = ("wav", "pcm16", "flac", "mp3")
-"""How a spoken reply is written. ``pcm16``: 24,000 samples a second, as OpenAI's."""
 
 
 class Asked(BaseModel):
@@ -119,6 +117,7 @@ class AudioOut(Asked):
     voice: str | None = None
     """Of the model's voices, which ``GET /v1/models`` lists; null: the first."""
     format: Literal["wav", "pcm16", "flac", "mp3"] = "wav"
+    """``pcm16``: 24,000 samples a second, as OpenAI's."""
 
 
 class TextFormat(Asked):
