@@ -20,12 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tinymodal import __version__
-from tinymodal.core.errors import DataError, RecipeError, TinyModalError
-from tinymodal.core.types import Audio, Image, Medium
+from tinymodal.core.errors import RecipeError, TinyModalError
+from tinymodal.core.types import Medium
 from tinymodal.verbs.evaluate import add_eval
 from tinymodal.verbs.explain import add_explain
 from tinymodal.verbs.export import add_export
-from tinymodal.verbs.options import STARTER, add_bits, add_device, load_model, positive
+from tinymodal.verbs.options import (
+    STARTER,
+    add_bits,
+    add_device,
+    check_media,
+    load_model,
+    natural,
+    picture,
+    positive,
+    sound,
+)
 from tinymodal.verbs.serve import add_serve
 
 if TYPE_CHECKING:
@@ -230,21 +240,6 @@ def add_recipe(p: argparse.ArgumentParser, tiny: bool = True) -> None:
         )
 
 
-def picture(text: str) -> Image:
-    return Image(Path(text))
-
-
-def sound(text: str) -> Audio:
-    return Audio(Path(text))
-
-
-def natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
-
-
 def run_demo(args: argparse.Namespace) -> None:
     from tinymodal.demo import demo
 
@@ -407,10 +402,7 @@ def tiny(args: argparse.Namespace, recipe: Recipe, folder: Path) -> Recipe:
 
 def run_chat(args: argparse.Namespace) -> int:
     media: list[Medium] = args.media
-    for part in media:
-        path, kind = Path(str(part.source)), "picture" if isinstance(part, Image) else "sound"
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such {kind} (looked in {Path.cwd()}).")
+    check_media(media)
     if args.voice is not None and args.speak is None and not sys.stdin.isatty():
         raise RecipeError("--voice says how --speak sounds; give --speak OUT.wav as well, or leave it out")
     if args.temperature < 0 or not 0 < args.top_p <= 1:

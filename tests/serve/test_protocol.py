@@ -91,8 +91,6 @@ def test_nonsense_is_refused_with_its_place(server, more, param):
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"logit_bias": {"50256": -100}}, "logit_bias"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
         ({"max_completion_tokens": 9}, "differ"),

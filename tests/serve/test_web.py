@@ -298,6 +298,21 @@ def test_every_part_of_the_page_that_takes_files_takes_no_addresses(served):
             assert "async_move_resource_to_block_cache" in vars(part), part
 
 
+def test_every_answer_can_be_stopped_also_that_to_a_changed_question(served):
+    functions = web.chat_page(served).fns
+    stops = [fn for fn in functions.values() if any(event == "stop" for _, event in fn.targets)]
+    stopped = {cancelled for fn in stops for cancelled in fn.cancels}
+
+    def cause(number: int) -> str:
+        fn = functions[number]
+        return cause(fn.trigger_after) if fn.trigger_after is not None else fn.targets[0][1]
+
+    assert {cause(number) for number in stopped} == {"submit", "retry", "edit"}
+    # And the button is there: what shows it comes right after the question was changed.
+    shown = [fn for fn in functions.values() if fn.trigger_after is not None and cause(fn._id) == "edit"]
+    assert any(isinstance(part, gr.MultimodalTextbox) for fn in shown for part in fn.outputs)
+
+
 def test_without_gradio_the_option_says_what_to_install(served, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(RecipeError, match=r"pip install 'tinymodal\[serve\]'"):

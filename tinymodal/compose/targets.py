@@ -287,7 +287,11 @@ def head_beyond_a_matrix(composed: Composed) -> str | None:
 
 def split_steps(tokenizer: Any) -> tuple[str, ...]:
     """What a tokenizer does before BPE: ``Split:REGEX``, ``Digits``, ``GPT-2`` (its rule), ``bytes``, ..."""
-    step = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {"type": "nothing"}
+    return _split_steps(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def _split_steps(said: Mapping[str, Any]) -> tuple[str, ...]:
+    step = said["pre_tokenizer"] or {"type": "nothing"}
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
     told: list[str] = []
     for each in steps:
@@ -306,7 +310,7 @@ def not_byte_level(tokenizer: Any) -> str | None:
         return "the tokenizer has no tokenizer.json"
     said = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = said["model"].get("type") or "BPE"
-    steps = split_steps(tokenizer)
+    steps = _split_steps(said)
     if kind != "BPE" or "bytes" not in steps:
         return (
             f"the tokenizer is {kind} over {' and '.join(steps)}; only byte-level BPE is written (those of "

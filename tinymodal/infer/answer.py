@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from tinymodal.core.types import Encoded
 from tinymodal.infer.logprobs import TokenBytes, TokenLogprob, logprob_of
 from tinymodal.infer.sampling import Choice, Sampling
+
+if TYPE_CHECKING:
+    from tinymodal.infer.grammar import Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +137,21 @@ class Answer:
         encoded: the prompt.
         sampling: how tokens are chosen.
         room: positions the model reads, prompt and reply together; None: any number.
+        grammar: what the reply is held to; None: nothing.
     """
 
-    def __init__(self, writer: Writer, encoded: Encoded, sampling: Sampling, room: int | None) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        encoded: Encoded,
+        sampling: Sampling,
+        room: int | None,
+        grammar: Grammar | None = None,
+    ) -> None:
         self.writer, self.encoded, self.sampling = writer, encoded, sampling
-        self.choice = Choice(sampling, encoded.ids)
-        self.stops = (*writer.stop_words, *sampling.stop)
+        self.choice = Choice(sampling, encoded.ids, grammar=grammar)
+        # A text in JSON may well hold what ends the turns of a template; its grammar knows where it ends.
+        self.stops = (*(writer.stop_words if grammar is None else ()), *sampling.stop)
         most = sampling.max_new_tokens
         self.most = most if room is None else min(most, room - len(encoded))
         self.over: Literal["stop", "length"] | None = None

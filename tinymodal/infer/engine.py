@@ -27,6 +27,7 @@ from tinymodal.core.types import Audio, Encoded, Image, Sample
 from tinymodal.infer.answer import Answer, AudioDelta, Reply, TextDelta, Writer
 from tinymodal.infer.beams import Beams
 from tinymodal.infer.decoding import Group, Language, Step
+from tinymodal.infer.grammar import Grammars
 from tinymodal.infer.kept import Kept, Reading
 from tinymodal.infer.logprobs import TokenLogprob
 from tinymodal.infer.sampling import GREEDY, Sampling, choose
@@ -218,7 +219,19 @@ class Engine:
     def answer(self, encoded: Encoded, sampling: Sampling) -> Answer:
         """A reply to a prompt, before its first token."""
         writer = Writer(self.tokenizer, self.stop_ids, self.stop_words, self.places)
-        return Answer(writer, encoded, sampling, self.room)
+        asked = sampling.json_schema
+        return Answer(
+            writer, encoded, sampling, self.room, self.grammars.begin(str(asked)) if asked else None
+        )
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What holds replies to JSON schemas.
+
+        Raises:
+            DataError: this model's cannot be.
+        """
+        return Grammars(self.tokenizer, self.stop_ids)
 
     def open(self, answers: Sequence[Answer], kept: Kept | None = None) -> Group:
         """Begin to decode some answers together: their first tokens. An answer with beams comes alone."""

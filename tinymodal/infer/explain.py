@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Encoded, Image, Medium, Sample
+from tinymodal.core.types import IGNORE, Encoded, Image, Medium, Message, Sample, Text
 from tinymodal.infer.explain_attention import Step, answer_steps, asked_by_queries
 from tinymodal.infer.explain_occlusion import Hidden, hide
 from tinymodal.infer.explain_places import Places, places_of_picture, places_of_sound, spread
@@ -207,7 +207,7 @@ def explain(
     num_layers = len(steps[0].attention_Lt)
     chosen = _layers(layers, num_layers)
     attention_nT, first_n = _attention(steps, chosen, len(encoded) + len(steps))
-    seen = [_seen(engine, part, encoded) for part in sample.media()]
+    seen = [_seen(engine, part) for part in sample.media()]
     hidden = hide(engine, sample, seen, ids, squares) if squares and seen else [None] * len(seen)
     media = _media(engine, sample, encoded, seen, hidden)
     return Explanation(
@@ -252,8 +252,6 @@ def _attention(steps: Sequence[Step], layers: Sequence[int], length: int) -> tup
 
 def _ids_of(engine: Engine, sample: Sample, answer: str) -> list[int]:
     """An answer's tokens as they follow the prompt, its stop left out."""
-    from tinymodal.core.types import IGNORE, Message, Text
-
     if not answer.strip():
         raise DataError("the answer to explain is empty; give its words, or leave it out")
     whole = engine.encoder(
@@ -272,7 +270,7 @@ def _ids_of(engine: Engine, sample: Sample, answer: str) -> list[int]:
     return ids
 
 
-def _seen(engine: Engine, part: Medium, encoded: Encoded) -> PIL.Image.Image | Tensor:
+def _seen(engine: Engine, part: Medium) -> PIL.Image.Image | Tensor:
     """A picture upright in RGB, a sound as the samples that the tower hears."""
     processor = engine.encoder.processor
     if isinstance(part, Image):
@@ -289,10 +287,8 @@ def _media(
     hidden: Sequence[Hidden | None],
 ) -> tuple[Shown, ...]:
     processor = engine.encoder.processor
-    positions = {
-        kind: iter(_runs(encoded, kind, (encoded.ids == place).nonzero().flatten().tolist()))
-        for kind, (_, place) in engine.places.items()
-    }
+    placed = engine.language.placed(encoded, 0)
+    positions = {kind: iter([at for item, at in placed if item.kind == kind]) for kind in engine.places}
     asked = {kind: asked_by_queries(engine, kind, encoded) for kind in engine.places}
     counts = dict.fromkeys(engine.places, 0)
     found = []
@@ -301,7 +297,7 @@ def _media(
         own = asked[kind]
         by_queries = None if own is None else own[counts[kind]]
         counts[kind] += 1
-        first, last = next(positions[kind])
+        at_K = next(positions[kind])
         if isinstance(what, Tensor):
             places = places_of_sound(processor, len(what), by_queries)
         else:
@@ -315,24 +311,14 @@ def _media(
                 picture=None if isinstance(what, Tensor) else what,
                 wave=what if isinstance(what, Tensor) else None,
                 rate_hz=processor.feature_extractor.sampling_rate if isinstance(what, Tensor) else None,
-                first=first,
-                last=last,
+                first=int(at_K[0]),
+                last=int(at_K[-1]) + 1,
                 places=places,
                 by_queries=own is not None,
                 hidden=harm,
             )
         )
     return tuple(found)
-
-
-def _runs(encoded: Encoded, kind: str, places: Sequence[int]) -> list[tuple[int, int]]:
-    """The positions of each medium of a kind: its tokens stand together."""
-    runs, begin = [], 0
-    for item in encoded.media:
-        if item.kind == kind:
-            runs.append((places[begin], places[begin] + item.tokens))
-            begin += item.tokens
-    return runs
 
 
 def _prompt(engine: Engine, encoded: Encoded, media: Sequence[Shown]) -> tuple[Piece, ...]:

@@ -7,11 +7,16 @@ not depend on its neighbours in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tinymodal.infer.grammar import Grammar
 
 # Shapes: B rows, V vocabulary.
 
@@ -41,6 +46,9 @@ class Sampling:
     """The same seed and machine give the same reply, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
     """The reply ends before the first of these, beside what the model's template ends with."""
+    json_schema: str | Mapping[str, Any] | None = None
+    """The reply is JSON of this schema, unless ``max_new_tokens`` or ``stop`` cut it; ``{"type": "object"}``
+    is any object. Kept as text. Needs the package llguidance."""
     lookup: int = 0
     """So many tokens are guessed ahead, from where the last two came before in what was read and said, and
     checked in one pass. The reply is the same; where it repeats much, it takes fewer passes. Of replies that
@@ -76,6 +84,10 @@ class Sampling:
                 f"num_beams {self.num_beams} follows the likeliest replies and temperature "
                 f"{self.temperature} draws by chance; set one of the two"
             )
+        if isinstance(self.json_schema, Mapping):
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+        if self.json_schema is not None and self.num_beams > 1:
+            raise ValueError(f"json_schema holds one reply at a time, got num_beams {self.num_beams}; take 1")
         if isinstance(self.stop, str) or not all(isinstance(word, str) and word for word in self.stop):
             raise ValueError(f"stop must be a tuple of strings that are not empty, got {self.stop!r}")
 
@@ -97,6 +109,8 @@ class Choice:
     said: list[int] = field(default_factory=list)
     random: torch.Generator | None = None
     """None until the first token is drawn by chance."""
+    grammar: Grammar | None = None
+    """What the reply is held to; None: nothing."""
 
 
 def choose(
@@ -134,6 +148,12 @@ def restrict(
     for i, row in enumerate(rows):
         if row.sampling.repetition_penalty != 1:
             penalise(scores_BV[i], row)
+        if row.grammar is not None:
+            allowed_V = row.grammar.allowed(row.said)[: scores_BV.shape[1]]
+            scores_BV[i, : len(allowed_V)].masked_fill_(~allowed_V.to(scores_BV.device), -torch.inf)
+            scores_BV[i, len(allowed_V) :] = -torch.inf
+            if row.grammar.ended:
+                continue  # to say more is not in its power
         if stops and len(row.said) < row.sampling.min_new_tokens:
             scores_BV[i, list(stops)] = -torch.inf
     if never:
@@ -143,7 +163,8 @@ def restrict(
 def penalise(scores_V: Tensor, row: Choice) -> None:
     """Let what was read and said count less, in place; see ``Sampling.repetition_penalty``."""
     said = torch.tensor(row.said, dtype=torch.int64)
-    known = torch.cat([row.prompt.cpu(), said]).unique().to(scores_V.device)
+    known = torch.cat([row.prompt.cpu(), said]).to(scores_V.device)
+    # A token that came twice is written twice, and the same both times.
     own = scores_V[known]
     by = row.sampling.repetition_penalty
     scores_V[known] = torch.where(own < 0, own * by, own / by)

@@ -41,11 +41,12 @@ from tinymodal.serve.requests import (
     Media,
     addresses,
     check_counts,
+    check_schema,
     check_text,
     conversation,
     sampling_of,
 )
-from tinymodal.serve.schema import describe
+from tinymodal.serve.schema import JSON, describe
 from tinymodal.serve.served import Served
 from tinymodal.serve.sound_out import MIME, SoundOut, check_format
 
@@ -53,8 +54,6 @@ __all__ = ["Served", "create_app"]
 
 T = TypeVar("T")
 Read = TypeVar("Read", bound=BaseModel)
-
-JSON = "application/json"
 
 
 def create_app(served: Served) -> FastAPI:
@@ -170,7 +169,10 @@ class Routes:
     def _submit(
         self, call: Call, asked: ChatRequest, fetched: dict[str, bytes], samplings: Sequence[Sampling]
     ) -> None:
-        """In a thread: decode the media, and queue up."""
+        """In a thread: look at the schema, decode the media, and queue up."""
+        if (schema := samplings[0].json_schema) is not None:
+            _ = self.served.engine.grammars  # a model whose replies cannot be held says so first
+            check_schema(str(schema))
         messages = conversation(asked, fetched, self.served.limits, self.served.rate_hz)
         voice = asked.audio.voice if asked.audio is not None else None
         call.submit(Sample(messages, call.sample_id), samplings, asked.speaks, voice)

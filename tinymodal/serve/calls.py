@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,7 +68,7 @@ class Call:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._news.set)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, TextDelta | AudioDelta]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, TextDelta | AudioDelta]]:
         """(number of the reply, piece) as they come, until all replies are complete.
 
         Raises:

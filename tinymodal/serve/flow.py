@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from tinymodal.core.errors import TinyModalError
-from tinymodal.serve.calls import Call, hung_up
+from tinymodal.serve.calls import Call, unless_gone
 from tinymodal.serve.errors import ApiError, ClientGone, internal, of_user, too_slow
 
 log = logging.getLogger("tinymodal.serve")
@@ -49,18 +49,10 @@ class Flow(Response):
         self.limit_s, self.request_id = limit_s, request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(hung_up(Request(scope, receive)))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done():
-                raise ClientGone
-            await sending
+            await unless_gone(Request(scope, receive), self._send(send), self.call.close)
         finally:
             self.call.close()
-            for task in (sending, gone):
-                task.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
             await self.rest.aclose()
 
     async def _send(self, send: Send) -> None:

@@ -39,6 +39,7 @@ class Limits:
     body_s: float = limit(30.0, "longest time for a request to arrive")
     request_s: float = limit(120.0, "longest time for an answer, waiting included")
     characters: int = limit(200_000, "of the texts of a request")
+    schema_characters: int = limit(65_536, "of the JSON schema that a reply shall be of")
     pictures: int = limit(8, "of a request")
     pixels: int = limit(40_000_000, "of all pictures of a request together")
     audio_s: float = limit(120.0, "of all sounds of a request together")

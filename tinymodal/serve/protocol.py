@@ -18,8 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 SEEDS = 2**63
 """Seeds lie between minus this and this: what torch takes."""
-FORMATS = ("wav", "pcm16", "flac", "mp3")
-"""How a spoken reply is written. ``pcm16``: 24,000 samples a second, as OpenAI's."""
 
 
 class Asked(BaseModel):
@@ -119,14 +117,38 @@ class AudioOut(Asked):
     voice: str | None = None
     """Of the model's voices, which ``GET /v1/models`` lists; null: the first."""
     format: Literal["wav", "pcm16", "flac", "mp3"] = "wav"
+    """``pcm16``: 24,000 samples a second, as OpenAI's."""
 
 
-class ResponseFormat(Asked):
-    """Text and nothing else."""
+class TextFormat(Asked):
+    """Any words."""
 
-    type: str
+    type: Literal["text"]
 
 
+class ObjectFormat(Asked):
+    """A JSON object, any."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Asked):
+    """A JSON schema and its name. It holds to the letter with ``strict`` and without."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    asked: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class SchemaFormat(Asked):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -152,9 +174,9 @@ class ChatRequest(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
     # Read to be refused where they would change the answer.
-    response_format: ResponseFormat | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, Any] | None = None
@@ -173,8 +195,6 @@ class ChatRequest(Asked):
         for name in ("frequency_penalty", "presence_penalty", "logit_bias", "tools", "functions"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported by this server; take it out")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ValueError('response_format is not supported by this server except {"type": "text"}')
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
         if self.stream_options is not None and not self.stream:
@@ -193,6 +213,13 @@ class ChatRequest(Asked):
     def stops(self) -> tuple[str, ...]:
         """Texts that end a reply."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """What the reply is to be JSON of; None: it is text."""
+        if isinstance(self.response_format, SchemaFormat):
+            return self.response_format.json_schema.asked
+        return {"type": "object"} if isinstance(self.response_format, ObjectFormat) else None
 
     @property
     def includes_usage(self) -> bool:

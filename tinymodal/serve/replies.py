@@ -90,7 +90,7 @@ class Telling:
             )
             message = ReplyMessage(content=None, audio=spoken)
         told = logprobs(reply.logprobs or ()) if self.asked.logprobs else None
-        return Choice(index=index, message=message, logprobs=told, finish_reason=finish(reply))
+        return Choice(index=index, message=message, logprobs=told, finish_reason=reply.stopped_by)
 
     def spoken_id(self, index: int) -> str:
         """Name of a reply's sound."""
@@ -166,7 +166,7 @@ class Stream:
                 Delta(audio=SpokenAudio(id=self._id, expires_at=self.telling.created + KEPT_S))
             )
         said = (reply.logprobs or ())[self._told :] if self.telling.asked.logprobs else ()
-        return last + self._event(Delta(), said, finish(reply))
+        return last + self._event(Delta(), said, reply.stopped_by)
 
     def close(self) -> None:
         """Whether it was told to its end or not."""
@@ -200,11 +200,6 @@ def usage(replies: Sequence[Reply]) -> Usage:
     return Usage.of(
         max((reply.tokens_in for reply in replies), default=0), sum(r.tokens_out for r in replies)
     )
-
-
-def finish(reply: Reply) -> Finish:
-    """Why a reply ended."""
-    return "stop" if reply.stopped_by == "stop" else "length"
 
 
 def logprobs(said: TokenLogprobs) -> Logprobs:

@@ -26,6 +26,7 @@ from tinymodal.serve.protocol import (
     VerboseTranscript,
 )
 
+JSON = "application/json"
 PLACE = "#/components/schemas/{model}"
 READ: tuple[type[BaseModel], ...] = (ChatRequest, SpeechRequest, TranscriptionRequest)
 TOLD: tuple[type[BaseModel], ...] = (
@@ -70,9 +71,6 @@ def _described(app: FastAPI) -> dict[str, Any]:
             }
     schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = text
     return schema
-
-
-JSON = "application/json"
 
 
 def _add(schema: dict[str, Any], path: str, body: dict[str, Any], answer: dict[str, Any]) -> None:

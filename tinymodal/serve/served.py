@@ -70,18 +70,21 @@ class Served:
         return self.engine.mouth.codec.rate_hz
 
     @property
+    def speaks(self) -> bool:
+        """Whether it says its replies aloud where that is asked."""
+        return getattr(self.engine.model, "speech_head", None) is not None
+
+    @property
     def voices(self) -> list[str]:
         """Names of its voices; empty where it does not speak or has one without a name."""
-        head: Any = getattr(self.engine.model, "speech_head", None)
-        return [] if head is None else list(head.voices)
+        return list(self.engine.model.speech_head.voices) if self.speaks else []
 
     def card(self) -> ModelCard:
         """The model as ``GET /v1/models`` shows it."""
-        speaks = getattr(self.engine.model, "speech_head", None) is not None
         return ModelCard(
             id=self.name,
             created=self.started,
             max_model_len=self.engine.room,
-            modalities=["text", *self.engine.places, *(["speech"] if speaks else [])],
+            modalities=["text", *self.engine.places, *(["speech"] if self.speaks else [])],
             voices=self.voices,
         )

@@ -56,7 +56,6 @@ class SoundOut:
     def __init__(self, form: str, rate_hz: int, streamed: bool) -> None:
         check_format(form, rate_hz)
         self.form, self.rate_hz, self.streamed = form, rate_hz, streamed and form != "flac"
-        self.num_samples = 0
         self._sink = Sink()
         self._file: Any = None
         self._resample: Any = None
@@ -75,7 +74,6 @@ class SoundOut:
     def feed(self, samples: Tensor) -> bytes:
         """More of it, float32 [samples] -> what of the file is new; empty where it is not streamed."""
         values = samples.detach().float().cpu().numpy()
-        self.num_samples += len(values)
         self._write(values, last=False)
         return self._sink.taken() if self.streamed else b""
 
@@ -112,7 +110,8 @@ class Sink(io.BytesIO):
 
     def taken(self) -> bytes:
         """What has come since the last time."""
-        new = self.getvalue()[self._left :]
+        with self.getbuffer() as all_of_it:
+            new = bytes(all_of_it[self._left :])
         self._left += len(new)
         return new
 

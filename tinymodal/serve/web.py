@@ -126,7 +126,6 @@ def chat_page(served: Served) -> Any:
     import gradio as gr
 
     sees, hears = ("image" in served.engine.places, "audio" in served.engine.places)
-    speaks = served.card().modalities[-1] == "speech"
     kinds = [kind for kind in KINDS if kind in served.engine.places]
     # Gradio copies them into its own cache when the page is made.
     with tempfile.TemporaryDirectory(prefix="tinymodal-examples-") as folder:
@@ -139,7 +138,7 @@ def chat_page(served: Served) -> Any:
         ) as page:
             gr.Markdown(f"# {_plain(served.name)}", elem_id="head")
             with gr.Tab("Chat", elem_id="chat-tab"):
-                _chat_tab(gr, served, kinds, examples, speaks)
+                _chat_tab(gr, served, kinds, examples)
             if sees or hears:
                 with gr.Tab("Explain", elem_id="explain-tab"):
                     _explain_tab(gr, served, sees, hears, examples)
@@ -147,7 +146,7 @@ def chat_page(served: Served) -> Any:
     return page
 
 
-def _chat_tab(gr: Any, served: Served, kinds: list[str], examples: list[Example], speaks: bool) -> None:
+def _chat_tab(gr: Any, served: Served, kinds: list[str], examples: list[Example]) -> None:
     limits = served.limits
     words = {"image": "a picture", "audio": "a sound"}
     beside = " or ".join(words[kind] for kind in kinds)
@@ -180,7 +179,7 @@ def _chat_tab(gr: Any, served: Served, kinds: list[str], examples: list[Example]
     # Not where they are made, but where the chat puts them: below it, folded.
     later = {"render": False}
     inputs = [
-        gr.Checkbox(False, label="Say the answer aloud", visible=speaks, elem_id="aloud", **later),
+        gr.Checkbox(False, label="Say the answer aloud", visible=served.speaks, elem_id="aloud", **later),
         gr.Dropdown(served.voices, value=None, label="Voice", visible=len(served.voices) > 1, **later),
         gr.Slider(
             1,
@@ -222,7 +221,7 @@ def _chat_tab(gr: Any, served: Served, kinds: list[str], examples: list[Example]
 
 
 def _chat_class(gr: Any) -> Any:
-    """Gradio's chat, in which a changed question keeps its pictures and sounds; its own drops them."""
+    """Gradio's chat, in which a changed question keeps its files, and the answer to it can be stopped."""
 
     class Chat(gr.ChatInterface):
         def _setup_events(self):  # type: ignore[no-untyped-def]
@@ -239,18 +238,22 @@ def _chat_class(gr: Any) -> Any:
             # By this gradio knows what to hand over.
             change.__annotations__["edit_data"] = gr.EditData
             again = self._api_wrapper(self.fn, self._stream_fn)
-            self.chatbot.edit(
+            changed = self.chatbot.edit(
                 change, [self.chatbot_state], [self.chatbot, self.chatbot_state, self.saved_input], **unlisted
-            ).then(
+            )
+            answered = changed.then(
                 self._append_message_to_history, [self.saved_input, self.chatbot_state], [self.chatbot],
                 queue=False, **unlisted,
             ).then(
                 again, [self.saved_input, self.chatbot_state, *self.additional_inputs],
                 [self.null_component, self.chatbot], concurrency_limit=AT_ONCE, **unlisted,
-            ).then(
+            )  # fmt: skip
+            answered.then(
                 lambda shown: (shown, shown), [self.chatbot], [self.chatbot_state, self.chatbot_value],
                 queue=False, **unlisted,
             )  # fmt: skip
+            # The button that stops it, which gradio has for questions that are new or asked again.
+            self._setup_stop_events([], [answered], changed)
 
     return Chat
 

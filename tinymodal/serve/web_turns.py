@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,15 @@ from tinymodal.core.types import Audio, Image, Message, Part, Sample, Text
 from tinymodal.infer.answer import AudioDelta, TextDelta
 from tinymodal.infer.sampling import Sampling
 from tinymodal.infer.scheduler import QueueFull
+from tinymodal.serve.calls import Call
 from tinymodal.serve.errors import ApiError, busy, leaving, of_user, too_slow
 from tinymodal.serve.requests import Media, format_of
 
 if TYPE_CHECKING:
-    from tinymodal.infer.ticket import Ticket
     from tinymodal.serve.app import Served
 
 NAME = "chat"
 """Of a conversation, in errors; taken out before they are shown."""
-POLL_S = 0.25
-"""So long a thread waits for the next piece before it looks whether somebody still does."""
 REFUSED = "Not answered"
 """Head of a reply that says why there is none. It and its question are no part of the conversation."""
 
@@ -94,31 +92,22 @@ async def answer(
         settings: chosen beside it.
         root: the folder that its files must lie in; None: any.
     """
-    try:
-        ticket = await asyncio.get_running_loop().run_in_executor(
-            served.preparing, _submitted, served, message, history, settings, root
-        )
-    except ApiError as error:
-        yield [_refusal(error)]
-        return
-    deadline = time.monotonic() + served.limits.request_s
+    loop = asyncio.get_running_loop()
+    call = Call(served.scheduler, NAME, loop.time() + served.limits.request_s)
     text, waves, rate_hz = "", [], 0
     try:
-        while True:
-            if time.monotonic() > deadline:
-                raise too_slow(served.limits.request_s)
-            try:
-                piece = await asyncio.to_thread(ticket.get, POLL_S)
-            except TimeoutError:
-                continue
-            if piece is None:
-                break
-            if isinstance(piece, TextDelta):
-                text += piece.text
-                yield [text]
-            elif isinstance(piece, AudioDelta):
-                waves.append(piece.samples)
-                rate_hz = piece.rate_hz
+        await loop.run_in_executor(served.preparing, _submit, call, served, message, history, settings, root)
+        async with aclosing(call.pieces()) as pieces:
+            while (piece := await _next(pieces, call)) is not None:
+                if isinstance(piece, TextDelta):
+                    text += piece.text
+                    yield [text]
+                elif isinstance(piece, AudioDelta):
+                    waves.append(piece.samples)
+                    rate_hz = piece.rate_hz
+    except TimeoutError:
+        yield [*([text] if text else []), _refusal(too_slow(served.limits.request_s))]
+        return
     except ApiError as error:
         yield [*([text] if text else []), _refusal(error)]
         return
@@ -126,7 +115,7 @@ async def answer(
         yield [_refusal(of_user(error, NAME))]
         return
     finally:
-        ticket.cancel()
+        call.close()
     shown: Shown = [text or "(nothing)"]
     if waves:
         samples = torch.cat(waves).clamp(-1, 1).numpy()
@@ -134,17 +123,31 @@ async def answer(
     yield shown
 
 
+async def _next(
+    pieces: AsyncIterator[tuple[int, TextDelta | AudioDelta]], call: Call
+) -> TextDelta | AudioDelta | None:
+    """The next piece; None: it is over. Each is waited for by itself: between them the page has its turn.
+
+    Raises:
+        TimeoutError: the time for the whole answer is over.
+    """
+    async with asyncio.timeout_at(call.deadline):
+        found = await anext(pieces, None)
+    return None if found is None else found[1]
+
+
 def _refusal(error: ApiError) -> dict[str, Any]:
     return {"role": "assistant", "content": error.message, "metadata": {"title": REFUSED}}
 
 
-def _submitted(
+def _submit(
+    call: Call,
     served: Served,
     message: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     settings: Settings,
     root: Path | None,
-) -> Ticket:
+) -> None:
     """In a thread: decode the media, and queue up.
 
     Raises:
@@ -155,7 +158,7 @@ def _submitted(
     try:
         sample = conversation(served, message, history, root)
         sampling = settings.sampling(served.limits.new_tokens)
-        return served.scheduler.submit(sample, sampling, speak=settings.aloud, voice=settings.voice)
+        call.submit(sample, [sampling], settings.aloud, settings.voice)
     except QueueFull:
         raise busy() from None
     except TinyModalError as error:

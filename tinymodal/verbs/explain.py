@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tinymodal.core.errors import DataError
-from tinymodal.core.types import Audio, Image, Medium, Message, Part, Sample, Text
-from tinymodal.verbs.options import add_device, load_model, positive
+from tinymodal.core.types import Audio, Medium, Message, Part, Sample, Text
+from tinymodal.verbs.options import add_device, check_media, load_model, natural, picture, positive, sound
 
 
 def add_explain(verbs: Any) -> None:
@@ -19,11 +19,11 @@ def add_explain(verbs: Any) -> None:
     p.add_argument("model", help="run folder, model folder, Hub name or starter")
     p.add_argument("question", help='what to ask; "" where a sound is the question')
     p.add_argument(
-        "--image", type=_picture, action="append", dest="media", default=[], metavar="FILE",
+        "--image", type=picture, action="append", dest="media", default=[], metavar="FILE",
         help="a picture; may be repeated",
     )  # fmt: skip
     p.add_argument(
-        "--audio", type=_sound, action="append", dest="media", metavar="FILE", help="a sound; may be repeated"
+        "--audio", type=sound, action="append", dest="media", metavar="FILE", help="a sound; may be repeated"
     )
     p.add_argument(
         "--out", type=Path, default=Path("explained"), metavar="FOLDER",
@@ -41,26 +41,11 @@ def add_explain(verbs: Any) -> None:
         help="whose attention is meant, from 0 or from the last, -1 (all)",
     )
     p.add_argument(
-        "--squares", type=_natural, default=6, metavar="N",
+        "--squares", type=natural, default=6, metavar="N",
         help="along a picture's longer side that are hidden one by one, a pass each; 0: none (%(default)s)",
     )  # fmt: skip
     add_device(p)
     p.set_defaults(run=run_explain)
-
-
-def _picture(text: str) -> Image:
-    return Image(Path(text))
-
-
-def _sound(text: str) -> Audio:
-    return Audio(Path(text))
-
-
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -72,10 +57,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def run_explain(args: argparse.Namespace) -> None:
     media: list[Medium] = args.media
-    for part in media:
-        path, kind = Path(str(part.source)), "picture" if isinstance(part, Image) else "sound"
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such {kind} (looked in {Path.cwd()}).")
+    check_media(media)
     if not args.question and not any(isinstance(part, Audio) for part in media):
         raise DataError("explain: the question is empty; ask one, or give a sound that is it with --audio")
     composed = load_model(args)

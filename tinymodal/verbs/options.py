@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tinymodal.core.errors import DataError
+from tinymodal.core.types import Audio, Image, Medium
 
 if TYPE_CHECKING:
     from tinymodal.compose.build import Composed
@@ -34,6 +38,33 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
+
+
+def natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def picture(text: str) -> Image:
+    return Image(Path(text))
+
+
+def sound(text: str) -> Audio:
+    return Audio(Path(text))
+
+
+def check_media(media: Sequence[Medium]) -> None:
+    """See that the files of ``--image`` and ``--audio`` are there, before a model is loaded for them.
+
+    Raises:
+        DataError: one is not.
+    """
+    for part in media:
+        path, kind = Path(str(part.source)), "picture" if isinstance(part, Image) else "sound"
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such {kind} (looked in {Path.cwd()}).")
 
 
 def load_model(args: argparse.Namespace) -> Composed:
