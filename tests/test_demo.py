@@ -164,6 +164,8 @@ def test_a_model_that_hears_and_speaks_is_scored_on_that_too(parts, tmp_path, mo
     tiny_codec(tmp_path / "codec")
     speech = {"codec": str(tmp_path / "codec"), "width": 16, "layers": 1}
     own = tiny_model(audio="tinymodal_ear", speech=speech)
+    # What never learned to end goes on to the limit.
+    own.model.speech_head.longest = own.model.config.speech["longest"] = 4
     save(own, tmp_path / "starter")
     ears = '[model.audio]\nconfig = { model_type = "tinymodal_ear" }\n'
     mouth = f'[model.speech]\ncodec = "{tmp_path / "codec"}"\nwidth = 16\n'
