@@ -41,11 +41,11 @@ def address():
     said = []
     for line in process.stderr:
         said.append(line)
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+        if found := re.search(r"chats at (http://127\.0\.0\.1:\d+)", line):
             break
     else:
         pytest.fail(f"the server ended: {''.join(said)}")
-    yield found.group()
+    yield found[1]
     process.terminate()
     try:
         process.wait(60)

@@ -177,13 +177,15 @@ def server(app: Any, served: Served) -> Draining:
     return Draining(config, served)
 
 
-def run(app: Any, served: Served, bound: socket.socket) -> None:
-    """Serve until a signal ends it."""
+def run(app: Any, served: Served, bound: socket.socket, page: bool = False) -> None:
+    """Serve until a signal ends it. ``page``: whether there is one to chat with."""
     # It warns of every odd byte of a form; what is wrong with one is told to its sender.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     host, port = bound.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
-    say(f"{served.name} answers at http://{address}:{port}/v1 (Ctrl-C ends it)")
+    here = f"http://{address}:{port}"
+    beside = f", and chats at {here}" if page else ""
+    say(f"{served.name} answers OpenAI clients at {here}/v1{beside} (Ctrl-C ends it)")
     try:
         server(app, served).run(sockets=[bound])
     finally:

@@ -132,4 +132,4 @@ def run_serve(args: argparse.Namespace) -> None:
     except BaseException:
         bound.close()
         raise
-    run(app, served, bound)
+    run(app, served, bound, args.web)
