@@ -41,6 +41,6 @@ def test_it_prints_a_table_and_writes_its_record(tmp_path, capsys):
     rows = {row["name"]: row for row in record["rows"]}
     assert rows["starter: language model in 8 bits, against float32"]["ratio"] > 3
     assert rows["starter: answers of 120 that are the same in 8 bits"]["ours"] >= 95
-    assert len(rows) == 12
+    assert len(rows) == 14
     assert {"machine", "versions", "commit"} <= set(record)
     assert "against one by one" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tinymodal.core.errors import DataError
 from tinymodal.core.memory import hold_memory
+from tinymodal.core.threads import on_one_core
 from tinymodal.core.types import Audio, Encoded, Image, Sample
 from tinymodal.infer.answer import Answer, AudioDelta, Reply, TextDelta, Writer
 from tinymodal.infer.beams import Beams
@@ -248,7 +249,8 @@ class Engine:
         window: list[Encoded] = []
         pixels = 0
         # Pictures and sounds are decoded side by side, where torch computes side by side.
-        with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), batch_size))) as readers:
+        num = max(1, min(torch.get_num_threads(), batch_size))
+        with ThreadPoolExecutor(num, initializer=on_one_core) as readers:
             waiting = iter(samples)
             while batch := list(islice(waiting, batch_size)):
                 # What is decoded already takes threads longer than it takes one: they wait for each other.

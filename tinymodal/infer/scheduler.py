@@ -123,6 +123,7 @@ class Scheduler:
         self._tokens = dict.fromkeys(("in", "known", "out"), 0)
         self._steps = self._media = 0
         self._perceived = engine.language.num_perceived
+        self._num_cores = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="tinymodal-decoding", daemon=True)
         self._thread.start()
 
@@ -217,6 +218,7 @@ class Scheduler:
     # The decoding thread
 
     def _run(self) -> None:
+        torch.set_num_threads(self._num_cores)  # of the thread that made it, whatever others are told
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._closing)

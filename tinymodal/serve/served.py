@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinymodal.core.threads import on_one_core
 from tinymodal.infer.engine import Engine
 from tinymodal.infer.scheduler import Scheduler
 from tinymodal.serve.asking import Asking
@@ -17,7 +18,7 @@ from tinymodal.serve.protocol import ModelCard
 from tinymodal.serve.remote import Fetcher
 
 PREPARING = 2
-"""Threads that decode pictures and sounds; each may hold a picture of the largest size."""
+"""Threads that decode pictures and sounds, a core each; each may hold a picture of the largest size."""
 
 
 @dataclass(slots=True)
@@ -45,9 +46,11 @@ class Served:
     doors: Doors = field(default_factory=Doors)
     started: int = field(default_factory=lambda: int(time.time()))
     preparing: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(PREPARING, "serve-prepare")
+        default_factory=lambda: ThreadPoolExecutor(PREPARING, "serve-prepare", on_one_core)
     )
-    speaking: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "serve-speak"))
+    speaking: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "serve-speak", on_one_core)
+    )
     fetcher: Fetcher = field(init=False)
 
     def __post_init__(self) -> None:

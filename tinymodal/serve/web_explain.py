@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinymodal.core.errors import TinyModalError
 from tinymodal.core.page import told
+from tinymodal.core.threads import on_one_core
 from tinymodal.serve.errors import ApiError, of_user
 from tinymodal.serve.web_turns import NAME, conversation
 
@@ -40,6 +41,7 @@ def explained(
     from tinymodal.infer.explain import explain
     from tinymodal.infer.explain_page import page
 
+    on_one_core()  # Gradio's threads stay, and answers are decoded meanwhile
     message = {"text": question or "", "files": [file for file in (picture, sound) if file]}
     try:
         sample = conversation(served, message, (), root)

@@ -101,7 +101,9 @@ def run_serve(args: argparse.Namespace) -> None:
     check_address(args.host, key, args.without_key)
     bound = listening(args.host, args.port)
     try:
-        composed = load_model(args)
+        from tinymodal.core.threads import apart, on_one_core
+
+        composed = apart(lambda: load_model(args))
 
         from tinymodal.infer.engine import Engine
         from tinymodal.infer.scheduler import Scheduler
@@ -114,6 +116,7 @@ def run_serve(args: argparse.Namespace) -> None:
         scheduler = Scheduler(
             engine, max_rows=limits.rows, max_waiting=limits.waiting, prefix_mb=args.prefix_mb
         )
+        on_one_core()  # the scheduler's thread has them all
         served = Served(
             engine,
             scheduler,
