@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 how = (name, composed, what, size, Path(place), rounds, long)
                 rows.append(apart(partial(turns, *how)))
             rows += apart(partial(in_eight_bits, name, make, composed, 120 if given.quick else 600))
-    finish(rows, given.json, given.quick)
+    apart(partial(finish, rows, given.json, given.quick))  # it tells how many threads answered
     return 0
 
 
