@@ -49,14 +49,19 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def files() -> list[Path]:
+    """All that lies here, but for what Python keeps of a module that it imports."""
+    return sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts)
+
+
 def refused(capsys, *words):
     """The one line that the command ends with, before anything was written."""
-    before = sorted(Path().rglob("*"))
+    before = files()
     assert cli.main(["eval", *words]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert sorted(Path().rglob("*")) == before
+    assert files() == before
     return err
 
 
