@@ -334,7 +334,9 @@ while True:
         os._exit(0)
     ended = os.waitpid(child, 0)[1]
     found = latest(run)
-    print(os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else 0, found.progress.step, found.state["loader"])
+    signalled = os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else 0
+    # At once: what waits to be written is a child's as well, and a progress bar there writes it again.
+    print(signalled, found.progress.step, found.state["loader"], flush=True)
     if not ended:
         break
 """
