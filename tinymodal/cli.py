@@ -30,6 +30,7 @@ from tinymodal.verbs.options import (
     add_bits,
     add_device,
     check_media,
+    first_process,
     load_model,
     natural,
     picture,
@@ -259,7 +260,7 @@ def run_train(args: argparse.Namespace) -> None:
 
     from tinymodal.train.loop import run
 
-    if recipe.eval_every is None or os.environ.get("RANK", "0") != "0":
+    if recipe.eval_every is None or not first_process():
         run(recipe, folder)
     else:
         from tinymodal.eval.during import Evaluations
@@ -271,7 +272,7 @@ def run_train(args: argparse.Namespace) -> None:
         except BaseException:
             evaluations.stop()
             raise
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         model = folder / "model"
         print(f"\nThe model is in {model}. Talk to it:\n\n  {program()} chat {shlex.quote(str(model))}\n")
 

@@ -11,6 +11,16 @@ from tinymodal.compose.tiny import tiny_model
 from tinymodal.port.proof import Job, Options
 
 NEXT = {"resize": "anyres", "marks": ["newline"], "merge": "spatial_unpad"}
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {}),
+    ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+]
+"""Language models that llama.cpp reads, and what is changed in the config of each."""
+SIGLIP: dict[str, Any] = {"vision": "siglip_vision_model", "sight": {"resize": "pad"}}
+"""The tower that it computes rightly."""
 
 
 def a_model(folder: Path, seed: int = 1, **what: Any) -> Path:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
 
-from tests.port.exported import a_job, a_model
+from tests.port.exported import FAMILIES, SIGLIP, a_job, a_model
 from tinymodal.compose.tiny import tiny_tokenizer
 from tinymodal.core.errors import ExportError
 from tinymodal.port import gguf_files, gguf_mmproj
@@ -16,19 +16,8 @@ from tinymodal.port.proof import Options
 
 pytest.importorskip("gguf")
 
-SIGLIP = {"vision": "siglip_vision_model", "sight": {"resize": "pad"}}
 
-
-@pytest.mark.parametrize(
-    ("language", "what"),
-    [
-        ("llama", {}),
-        ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
-        ("mistral", {"sliding_window": None}),
-        ("qwen2", {}),
-        ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
-    ],
-)
+@pytest.mark.parametrize(("language", "what"), FAMILIES)
 def test_a_language_model_is_read_back_equal(tmp_path, language, what):
     a_model(tmp_path / "ours", language=language, **{**SIGLIP, **what})
     done = export(str(tmp_path / "ours"), "gguf", tmp_path / "out", Options(num_prompts=3))

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.port.exported import a_model
+from tests.port.exported import FAMILIES, SIGLIP, a_model
 from tinymodal.compose.build import load
 from tinymodal.port.export import export
 from tinymodal.port.proof import Options
@@ -33,20 +33,9 @@ SEEN = 1e-3
 """It computes gelu by its tanh form. Measured at most 3.7e-4."""
 
 
-@pytest.mark.parametrize(
-    ("language", "what"),
-    [
-        ("llama", {}),
-        ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
-        ("mistral", {"sliding_window": None}),
-        ("qwen2", {}),
-        ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
-    ],
-)
+@pytest.mark.parametrize(("language", "what"), FAMILIES)
 def test_it_reads_words_and_pictures_as_we_do(tmp_path, language, what):
-    ours = a_model(
-        tmp_path / "ours", language=language, vision="siglip_vision_model", sight={"resize": "pad"}, **what
-    )
+    ours = a_model(tmp_path / "ours", language=language, **SIGLIP, **what)
     assert export(str(ours), "gguf", tmp_path / "out", Options(num_prompts=2)).passed
     composed, theirs = load(ours), opened(tmp_path / "out")
     says_the_same(composed, theirs)

@@ -76,7 +76,7 @@ class Engine:
         self.kept = Kept(0)
         if prefix_mb:
             self.keep(prefix_mb)
-        if self.language.device.type == "cpu":
+        if self.model.device.type == "cpu":
             hold_memory()
 
     def keep(self, mb: int) -> None:

@@ -97,7 +97,7 @@ def tried(json_schema: str, within_s: float) -> str:
     return done.stdout.decode() if done.returncode == 0 else "the library ended on it"
 
 
-def hold_memory(mb: int) -> None:
+def limit_memory(mb: int) -> None:
     """Let this process take so much and no more, where the system can do that."""
     try:
         import resource
@@ -107,5 +107,5 @@ def hold_memory(mb: int) -> None:
 
 
 if __name__ == "__main__":
-    hold_memory(1000)
+    limit_memory(1000)
     sys.stdout.write(fault_of(sys.stdin.buffer.read().decode()))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinymodal.core.errors import DataError, RecipeError
-from tinymodal.verbs.options import STARTER, add_bits, add_device, load_model, positive, results_folder
+from tinymodal.verbs.options import (
+    STARTER,
+    add_bits,
+    add_device,
+    first_process,
+    load_model,
+    positive,
+    results_folder,
+)
 
 if TYPE_CHECKING:
     from tinymodal.eval.benchmark import Benchmark, Listener
@@ -160,11 +167,6 @@ def run_eval(args: argparse.Namespace) -> None:
             results = evaluate_one(args, model, names, folder, world)
     if len(models) == 2 and results:  # of several processes only the first has them
         show_difference(folders, results)
-
-
-def first_process() -> bool:
-    """Whether this is the first of the processes that ``torchrun`` started, or the only one."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def named(on: str | None) -> list[str]:

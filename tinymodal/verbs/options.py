@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,3 +80,8 @@ def results_folder(name: str) -> Path:
     """``MODEL/eval``; models that do not lie in a folder of the user's get one under ``runs``."""
     folder = Path(name)
     return folder / "eval" if folder.is_dir() else Path("runs") / name.replace("/", "--") / "eval"
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that ``torchrun`` started, or the only one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
